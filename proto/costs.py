@@ -1,0 +1,121 @@
+"""What the hardware and the kernels of one host cost, as integers ready for the engine.
+
+The figures with unit, plausible range, source and grade live in the host profiles (fleet/profiles/*.toml); this is the
+resolved form that travels to host and guests. Times are integer picoseconds; every field here has one entry of the
+same name (without ``_ps``) in a profile. No cost is a literal anywhere else.
+"""
+
+from msgspec import Struct
+
+
+class TierCosts(Struct, frozen=True):
+    """One memory tier of a host."""
+
+    name: str
+    latency_random_ps: int
+    """Idle load latency of a random 64-byte access."""
+    latency_local_ps: int
+    """Idle load latency within the 256-byte block of the access before it (PMEM's granule)."""
+    read_bandwidth: int
+    """Attainable sequential read bandwidth, bytes per second."""
+    write_bandwidth: int
+    """Attainable sequential write bandwidth, bytes per second."""
+    granule_bytes: int
+    """Media granule: what a random 64-byte access moves."""
+    curve: tuple[tuple[int, int], ...]
+    """Loaded latency: (utilisation, factor on the idle latency), both in thousandths, utilisation rising from 0."""
+
+
+class Costs(Struct, frozen=True):
+    """Everything that an event costs on one host. Sources: the host profile."""
+
+    fast: TierCosts
+    slow: TierCosts
+
+    stlb_entries: int
+    stlb_ways: int
+    pde_cache_entries: int
+    """Guest paging-structure cache, entries that map 2 MiB each."""
+    nested_tlb_entries: int
+    """gPA-to-hPA translations of guest page-table pages."""
+    ept_pde_cache_entries: int
+    """EPT paging-structure cache, entries that map 2 MiB of gPA each."""
+    llc_bytes: int
+    """Last-level cache that holds page-table lines (a VM's share of it)."""
+
+    stlb_hit_ps: int
+    walk_cached_ref_ps: int
+    """A walk reference served by L1/L2 (upper levels)."""
+    walk_llc_ref_ps: int
+    """A walk reference served by the LLC (a leaf line that fits)."""
+
+    invlpg_ps: int
+    cr3_flush_ps: int
+    """Full flush of non-global entries (MOV CR3)."""
+    invept_ps: int
+    """INVEPT, global or single context."""
+    shootdown_base_ps: int
+    """What a remote flush in a guest costs its initiator, without the targets."""
+    shootdown_target_ps: int
+    """What each target vCPU adds to the initiator's wait."""
+    ipi_receive_ps: int
+    """What a target vCPU loses per IPI received, without the flush itself."""
+    vmexit_ps: int
+    """VM-exit round trip with an in-kernel handler."""
+    kick_base_ps: int
+    """What kicking vCPUs out of guest mode costs the host thread that asks, without the targets."""
+    kick_target_ps: int
+    """What each kicked vCPU adds."""
+
+    minor_fault_ps: int
+    """Guest demand-zero fault, EPT warm, clearing included."""
+    hint_fault_ps: int
+    """NUMA hint fault, without migration."""
+    ept_violation_ps: int
+    """EPT violation, host page already there (round trip included)."""
+    ept_violation_alloc_ps: int
+    """EPT violation that allocates and clears a host page (round trip included)."""
+    host_hint_fault_ps: int
+    """What a host NUMA hint fault adds to the EPT violation that meets it."""
+
+    migrate_page_ps: int
+    """Per page of a migration: locks, rmap, PTE, LRU; no copy, no flush."""
+    migrate_sync_ps: int
+    """What a lone migration in the fault path adds."""
+    copy_fast_fast_ps: int
+    copy_slow_fast_ps: int
+    """Copy of one 4 KiB page from the slow to the fast tier by one thread."""
+    copy_fast_slow_ps: int
+    copy_slow_slow_ps: int
+
+    scan_pte_ps: int
+    """Test and clear the accessed bit of one PTE."""
+    protect_pte_ps: int
+    """Change the protection of one PTE in a range."""
+    lru_page_ps: int
+    """Move one page between or within LRU lists."""
+    rmap_walk_ps: int
+    """Find the PTE of a page from its frame."""
+
+    context_switch_ps: int
+    pebs_record_ps: int
+    """What a PEBS record costs the vCPU that it samples (microcode assist)."""
+    pmi_ps: int
+    """Performance-monitoring interrupt on bare metal."""
+    pmi_guest_ps: int
+    """What virtualisation adds to a PMI (exit and injection)."""
+    drain_record_ps: int
+    """Software work per record drained."""
+    classify_record_ps: int
+    """Software work per sample entered into a hotness structure."""
+    classify_range_ps: int
+    """Software work per range (or bucket) visited by a classifier pass."""
+    load_latency_tag_interval: int
+    """One load in this many, on average, is tagged by the load-latency facility."""
+
+
+def copy_ps(costs: Costs, source_slow: bool, destination_slow: bool) -> int:
+    """Copy of one 4 KiB page between two tiers, picoseconds."""
+    if source_slow:
+        return costs.copy_slow_slow_ps if destination_slow else costs.copy_slow_fast_ps
+    return costs.copy_fast_slow_ps if destination_slow else costs.copy_fast_fast_ps

@@ -1,0 +1,123 @@
+"""Names of everything that is counted, in one place, as Linux and KVM name them (reference: architecture 3.4).
+
+The engine counts into one int64 vector per guest, indexed by these constants; `split` gives the groups of summary.json.
+When each increments: arch/x86/mm/tlb.c, include/linux/vm_event_item.h, virt/kvm/kvm_main.c, arch/x86/kvm/x86.c.
+"""
+
+from enum import IntEnum, auto
+
+import numpy as np
+import numpy.typing as npt
+
+
+class C(IntEnum):
+    """Index into a guest's counter vector. The prefix before ``__`` is the group in the summary."""
+
+    access__total = 0
+    access__fast = auto()
+    access__slow = auto()
+    access__loads = auto()
+    access__stores = auto()
+    access__tlb_misses = auto()
+    access__dirty_assists = auto()
+    access__walks = auto()
+    access__walk_refs = auto()
+    access__walk_ps = auto()
+    access__stall_ps = auto()
+    access__think_ps = auto()
+
+    vmstat__nr_tlb_local_flush_one = auto()
+    vmstat__nr_tlb_local_flush_all = auto()
+    vmstat__nr_tlb_remote_flush = auto()
+    vmstat__nr_tlb_remote_flush_received = auto()
+    vmstat__pgfault = auto()
+    vmstat__numa_hint_faults = auto()
+    vmstat__numa_pte_updates = auto()
+    vmstat__numa_pages_migrated = auto()
+    vmstat__pgpromote_candidate = auto()
+    vmstat__pgpromote_candidate_demoted = auto()
+    vmstat__pgpromote_success = auto()
+    vmstat__pgdemote_kswapd = auto()
+    vmstat__pgdemote_direct = auto()
+    vmstat__pgmigrate_success = auto()
+    vmstat__pgmigrate_fail = auto()
+    vmstat__pgmigrate_fail_dst_node_full = auto()
+    vmstat__pgexchange_success = auto()
+    vmstat__pgactivate = auto()
+    vmstat__pgdeactivate = auto()
+    vmstat__pgscan_kswapd = auto()
+    vmstat__pgsteal_kswapd = auto()
+    vmstat__allocstall = auto()
+    vmstat__context_switches = auto()
+
+    kvm__tlb_flush = auto()
+    kvm__remote_tlb_flush = auto()
+    kvm__remote_tlb_flush_requests = auto()
+    kvm__mmu_zapped = auto()
+
+    exit__ept_violation = auto()
+    exit__kick = auto()
+    exit__pmi = auto()
+
+    instr__invlpg = auto()
+    instr__invpcid_0 = auto()
+    instr__invpcid_1 = auto()
+    instr__invpcid_2 = auto()
+    instr__invpcid_3 = auto()
+    instr__mov_cr3 = auto()
+    instr__invvpid_addr = auto()
+    instr__invvpid_ctx = auto()
+    instr__invept_single = auto()
+    instr__invept_global = auto()
+
+    pebs__records = auto()
+    pebs__pmi = auto()
+    pebs__dropped = auto()
+    pebs__drains = auto()
+    pebs__drained_records = auto()
+    pebs__ept_violations = auto()
+
+    time__exit_ps = auto()
+    time__stolen_ps = auto()
+    time__fault_ps = auto()
+    time__throttle_ps = auto()
+
+    integrity__accesses_checked = auto()
+    integrity__mismatches = auto()
+
+    bytes__read_fast = auto()
+    bytes__read_slow = auto()
+    bytes__write_fast = auto()
+    bytes__write_slow = auto()
+    bytes__migrated = auto()
+
+
+COUNTERS = len(C)
+Counters = npt.NDArray[np.int64]
+"""int64[COUNTERS]"""
+
+
+def new_counters() -> Counters:
+    """A zeroed vector."""
+    return np.zeros(COUNTERS, np.int64)
+
+
+def split(counters: Counters) -> dict[str, dict[str, int]]:
+    """The vector as ``{group: {name: value}}``."""
+    groups: dict[str, dict[str, int]] = {}
+    for index in C:
+        group, name = index.name.split("__")
+        groups.setdefault(group, {})[name] = int(counters[index])
+    return groups
+
+
+def flush_totals(vmstat: dict[str, int], kvm: dict[str, int]) -> dict[str, int]:
+    """The seed's table: received shootdowns are not in the total; its "invept" column is remote requests."""
+    total = (
+        kvm["tlb_flush"]
+        + kvm["remote_tlb_flush"]
+        + vmstat["nr_tlb_local_flush_one"]
+        + vmstat["nr_tlb_remote_flush"]
+        + vmstat["nr_tlb_local_flush_all"]
+    )
+    return {"total": total, "remote_requests": kvm["remote_tlb_flush"], "single": total - kvm["remote_tlb_flush"]}

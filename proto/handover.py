@@ -1,0 +1,110 @@
+"""Gives each guest its memory: a sealed memfd and a secret, over that guest's own socketpair, after the fork.
+
+The zygote passes the host's end of every socketpair over one socket (SCM_RIGHTS), so that no guest ever holds another
+guest's descriptor. Nothing here waits: the host's poll loop says when a socket has something to tell.
+"""
+
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+
+import msgspec
+
+from proto import memfd
+from proto.config import GuestConfig
+from proto.control import MAX_HANDOVER, Handover
+from proto.layout import VmMemory, segment_bytes, view_segment
+
+SECRET_BYTES = 32
+_VM_BYTES = 4
+
+
+class Arrivals:
+    """The host's end of the socket over which the zygote passes the guests' sockets."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    def fileno(self) -> int:
+        """Descriptor to poll."""
+        return self._socket.fileno()
+
+    def take(self) -> tuple[int, socket.socket] | None:
+        """The next guest and the host's end of its socketpair; None if the zygote is gone."""
+        data, fds, _, _ = socket.recv_fds(self._socket, _VM_BYTES, 1)
+        if not fds:
+            return None
+        return int.from_bytes(data, "little", signed=True), socket.socket(fileno=fds[0])
+
+
+def announce(sock: socket.socket, vm: int, end: socket.socket) -> None:
+    """The zygote's side of `Arrivals.take`. Raises OSError if the host is gone."""
+    socket.send_fds(sock, [vm.to_bytes(_VM_BYTES, "little", signed=True)], [end.fileno()])
+
+
+class Pending:
+    """A guest that was given its memory and has not said yet that it mapped it."""
+
+    def __init__(
+        self, guest: GuestConfig, secret: bytes, sock: socket.socket, endpoint: str, server_key: bytes
+    ) -> None:
+        """Make, map and pass the guest's memory. Raises SegmentError; OSError if the guest is gone."""
+        self.vm = guest.vm
+        self._socket = sock
+        size = segment_bytes(guest.total_pages, guest.vcpus)
+        self._fd = memfd.create(f"vm{guest.vm}", size)
+        self.memory: VmMemory = view_segment(memfd.map_shared(self._fd, size), guest.total_pages, guest.vcpus)
+        handover = Handover(
+            vm=guest.vm,
+            secret=secret,
+            total_pages=guest.total_pages,
+            vcpus=guest.vcpus,
+            endpoint=endpoint,
+            server_key=server_key,
+        )
+        socket.send_fds(sock, [msgspec.msgpack.encode(handover)], [self._fd])
+
+    def fileno(self) -> int:
+        """Descriptor to poll: readable when the guest mapped its memory, or died."""
+        return self._socket.fileno()
+
+    def finish(self) -> bool:
+        """Hear the guest's word, seal the memory for good, close the descriptor; False if the guest died instead.
+
+        The last seals come this late because F_SEAL_FUTURE_WRITE refuses every later writable mapping, the guest's too.
+        """
+        try:
+            mapped = bool(self._socket.recv(1))
+        except OSError:
+            mapped = False
+        if mapped:
+            memfd.seal(self._fd)
+        self.close()
+        return mapped
+
+    def close(self) -> None:
+        """Close descriptor and socket; the mapping stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._socket.close()
+
+
+def accept(sock: socket.socket) -> tuple[Handover, VmMemory]:
+    """The guest's side: receive, map, acknowledge, close both. Raises SegmentError, EOFError if the host is gone."""
+    data, fds, _, _ = socket.recv_fds(sock, MAX_HANDOVER, 1)
+    if not fds:
+        raise EOFError("the host closed the socket before it handed over the memory")
+    handover = msgspec.msgpack.decode(data, type=Handover)
+    size = segment_bytes(handover.total_pages, handover.vcpus)
+    memory = view_segment(memfd.map_shared(fds[0], size), handover.total_pages, handover.vcpus)
+    os.close(fds[0])
+    sock.send(b"m")
+    sock.close()
+    return handover, memory
+
+
+def new_secrets(guests: Mapping[int, GuestConfig]) -> dict[int, bytes]:
+    """A secret for each VM."""
+    return {vm: secrets.token_bytes(SECRET_BYTES) for vm in guests}

@@ -1,0 +1,58 @@
+"""Layout of a VM's shared segment, of host operations, and of event records.
+
+One segment (a sealed memfd) per VM, mapped by the host and by that guest only: its EPT, the stamps of its frames, its
+flush state. A VM's frames are a window of host-physical memory: slot s of the window is hPA frame
+``window + s``; slots below `fast_capacity` are fast, the others slow. Capacity is the VM's whole memory in each tier
+(as the double balloon sizes its nodes), of which the provisioner backs only a share; untouched slots cost nothing.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from proto.entry import Entries
+
+OP_FLUSH = 1
+"""Request a flush of every vCPU (kvm_flush_remote_tlbs)."""
+OP_ZAP = 2
+"""Zap the leaf entries of gPA frames [a, a + b), then request one flush if any was present."""
+OP_MOVE = 3
+"""Zap gPA frame a, flush, copy its content to frame slot b, map it there."""
+
+OPERATION = np.dtype([("time_ps", "<i8"), ("kind", "<i4"), ("flags", "<i4"), ("a", "<i8"), ("b", "<i8")])
+"""A host operation on a VM at a virtual time. ``flags``: PROTNONE or 0 for OP_ZAP (set on slow leaves)."""
+
+EVENT = np.dtype(
+    [("time_ps", "<i8"), ("vm", "<i4"), ("kind", "<i4"), ("gva", "<i8"), ("source", "<i4"), ("target", "<i4")]
+)
+"""A line of events.parquet: kind is an index into EVENT_KINDS; source and target are tiers or node numbers."""
+EVENT_KINDS = ("promote", "demote", "phase")
+
+
+class VmMemory(NamedTuple):
+    """Views into a VM's shared segment."""
+
+    ept: Entries
+    """int64[gpa_pages]: gPA frame -> frame slot with flags."""
+    stamps: npt.NDArray[np.int64]
+    """int64[slots]: content stamp of each frame of the VM's window."""
+    flush_state: npt.NDArray[np.int64]
+    """int64[vcpus, 2]: pending flush requests, end of the last exit in ps (written by the engine)."""
+
+
+def gpa_pages(total_pages: int) -> int:
+    """Size of the gPA space in pages: two guest nodes, each as large as the VM."""
+    return 2 * total_pages
+
+
+def segment_bytes(total_pages: int, vcpus: int) -> int:
+    """Bytes of a VM's segment: EPT and stamps over two nodes/tiers of the VM's whole size, and flush state."""
+    return 8 * (2 * gpa_pages(total_pages) + 2 * vcpus)
+
+
+def view_segment(buffer: memoryview | bytearray, total_pages: int, vcpus: int) -> VmMemory:
+    """The arrays of a segment laid over ``buffer`` (no copy)."""
+    words = np.frombuffer(buffer, np.int64, segment_bytes(total_pages, vcpus) // 8)
+    n = gpa_pages(total_pages)
+    return VmMemory(words[:n], words[n : 2 * n], words[2 * n :].reshape(vcpus, 2))
