@@ -1,0 +1,1 @@
+"""One guest: vCPUs, MMU, scheduler, PEBS, agent, workloads; its memory management and tiering as pure libraries."""

@@ -1,0 +1,343 @@
+"""The vCPU engine: runs the accesses of all vCPUs of a guest up to a virtual time.
+
+One access: TLB lookup; on a miss (or a first write through a clean entry) a walk that sets A and D bits in GPT and EPT
+and fills the TLB; then the frame itself, whose content stamp is checked and, on a write, bumped; then its cost. The
+loop is exact and in order; what makes it fast on a large footprint is that each chunk of accesses is first walked
+through by software prefetches in phases (GPT entries, EPT entries, stamps), which change nothing but the caches of the
+machine (architecture 5). vCPUs take turns in slices of fixed virtual time; host operations cut slices at their own
+timestamps. The engine returns whenever something outside it must act: accesses to be generated, a fault, a PMI.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from guestd.invalidate import apply_operation
+from guestd.jit import inline, kernel, prefetch
+from guestd.pebs import (
+    EVENT_LOAD,
+    EVENT_STORE,
+    P_LOAD_PERIOD,
+    P_RECORD_PS,
+    P_STORE_PERIOD,
+    P_TAG_SPAN,
+    P_THRESHOLD_PS,
+    DsArea,
+    write_record,
+)
+from guestd.tlb import TLB_DIRTY, TLB_FRAME_MASK, TLB_FRAME_SHIFT, TLB_TAG_SHIFT, TLB_WRITABLE, find, touch, victim
+from guestd.vcpu import (
+    CLOCK,
+    EXIT_END,
+    EXIT_START,
+    FLUSH_AT_ENTRY,
+    IDLE,
+    LAST_BLOCK,
+    LATENCY_BIN_SHIFT,
+    LATENCY_BINS,
+    LENGTH,
+    LOAD_COUNT,
+    POSITION,
+    RANDOM,
+    STORE_COUNT,
+    TAG_LEFT,
+    Vcpus,
+)
+from guestd.walk import PRICES, REFS_SHIFT, walk
+from proto.arrays import Words
+from proto.counters import C, Counters
+from proto.entry import (
+    ACCESSED,
+    DIRTY,
+    ENTRY_VERSION_MASK,
+    ENTRY_VERSION_ONE,
+    ENTRY_VERSION_SHIFT,
+    FRAME_MASK,
+    FRAME_SHIFT,
+    PRESENT,
+    PROTNONE,
+    STAMP_PAGE_SHIFT,
+    STAMP_VERSION_MASK,
+    WRITABLE,
+)
+from proto.units import PAGE_SHIFT, TABLE_SHIFT
+
+LOAD, STORE, MODIFY = 0, 1, 2
+"""Kinds of access; MODIFY is a read-modify-write: a read and a later write-back."""
+
+REACHED, NEED_ACCESSES, FAULT, PMI, COMPLETED = 0, 1, 2, 3, 4
+"""Why the engine returned: time reached; vCPU has no accesses left; its next access faults; PMI; transactions done."""
+
+S_NOW = 0
+S_TURN = 1
+S_OPERATION = 2
+S_LEFT = 3
+"""Transactions left in this phase; negative = unlimited."""
+S_END_PS = 4
+"""End of the quantum, for a throttled vCPU to wait for."""
+S_OWNER = 5
+"""Owner part of this VM's stamps."""
+S_SLOW_FRAMES = 6
+"""First slow frame slot."""
+S_MLP_Q8 = 7
+"""256 / memory-level parallelism."""
+S_FLUSH_PS = 8
+"""Cost of one INVEPT."""
+S_VMEXIT_PS = 9
+S_SLICE_PS = 10
+S_STLB_HIT_PS = 11
+STATE = 12
+
+CHUNK = 256
+"""Accesses per prefetch phase: their lines (three tables) fit the L2 cache of any machine."""
+
+_HUGE = (1 << TABLE_SHIFT << PAGE_SHIFT) - 1
+_OFFSET = (1 << PAGE_SHIFT) - 1
+
+
+class Machine(NamedTuple):
+    """Everything that the engine works on; passed whole to the kernels."""
+
+    vcpus: Vcpus
+    gpt: Words
+    """int64[pages]: the guest's leaf page table over its dense page index."""
+    ept: Words
+    stamps: Words
+    table_gva: Words
+    """int64[tables]: gVA of the first page of each leaf table."""
+    table_gpfn: Words
+    """int64[tables]: gPA frame of each leaf page-table page."""
+    table_slow: Words
+    """int64[tables]: 1 if that page lies in the slow tier."""
+    ds: DsArea
+    state: Words
+    """int64[STATE]"""
+    latency_ps: Words
+    """int64[2, 2]: loaded latency by tier (slow?) and locality (local?)."""
+    read_bytes: Words
+    """int64[2, 2]: media bytes of a read, by tier and locality."""
+    write_bytes: Words
+    budget: Words
+    """int64[2, 2]: media bytes left in the quantum, by direction (write?) and tier."""
+    price: Words
+    """int64[PRICES]: walk references."""
+    counters: Counters
+
+
+def new_state() -> tuple[Words, Words]:
+    """Zeroed engine state and walk prices."""
+    return np.zeros(STATE, np.int64), np.zeros(PRICES, np.int64)
+
+
+@inline
+def _prefetch_chunk(address: Words, start: int, end: int, gpt: Words, ept: Words, stamps: Words) -> None:
+    for i in range(start, end):
+        prefetch(gpt, address[i] >> PAGE_SHIFT)
+    for i in range(start, end):
+        prefetch(ept, (gpt[address[i] >> PAGE_SHIFT] & FRAME_MASK) >> FRAME_SHIFT)
+    for i in range(start, end):
+        gpfn = (gpt[address[i] >> PAGE_SHIFT] & FRAME_MASK) >> FRAME_SHIFT
+        prefetch(stamps, (ept[gpfn] & FRAME_MASK) >> FRAME_SHIFT)
+
+
+@kernel
+def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
+    """Run one vCPU until its clock reaches ``until`` ps, or something else must act first."""
+    vcpus = m.vcpus
+    field = vcpus.field[vcpu]
+    if field[IDLE] == 1:
+        field[CLOCK] = max(field[CLOCK], until)
+        return REACHED
+    tlb, recent = vcpus.tlb[vcpu], vcpus.tlb_recent[vcpu]
+    sets = recent.size
+    ways = tlb.size // sets
+    address, kinds, think = vcpus.address[vcpu], vcpus.kind[vcpu], vcpus.think_ps[vcpu]
+    fault_ps, exit_ps = vcpus.fault_ps[vcpu], vcpus.exit_ps[vcpu]
+    histogram = vcpus.histogram[vcpu]
+    pde, pde_recent = vcpus.pde[vcpu], vcpus.pde_recent[vcpu]
+    nested, nested_recent = vcpus.nested[vcpu], vcpus.nested_recent[vcpu]
+    ept_pde, ept_pde_recent = vcpus.ept_pde[vcpu], vcpus.ept_pde_recent[vcpu]
+    table_gpfn, table_slow, price = m.table_gpfn, m.table_slow, m.price
+    gpt, ept, stamps = m.gpt, m.ept, m.stamps
+    counters, state, params = m.counters, m.state, m.ds.params
+    latency_ps, read_bytes, write_bytes, budget = m.latency_ps, m.read_bytes, m.write_bytes, m.budget
+    owner, slow_frames, mlp, stlb_hit = state[S_OWNER], state[S_SLOW_FRAMES], state[S_MLP_Q8], state[S_STLB_HIT_PS]
+    load_period, store_period = params[P_LOAD_PERIOD], params[P_STORE_PERIOD]
+
+    clock, position, length = field[CLOCK], field[POSITION], field[LENGTH]
+    last_block = field[LAST_BLOCK]
+    left = state[S_LEFT]
+    prefetched = position
+    total = slow_total = loads = stores = misses = assists = walks = refs = walk_total = stall = thought = bad = 0
+    reason = REACHED
+    while clock < until:
+        if position == length:
+            reason = NEED_ACCESSES
+            break
+        if left == 0:
+            reason = COMPLETED
+            break
+        if position == prefetched:
+            prefetched = min(length, position + CHUNK)
+            _prefetch_chunk(address, position, prefetched, gpt, ept, stamps)
+
+        a = address[position]
+        kind = kinds[position]
+        page = a >> PAGE_SHIFT
+        write = kind != LOAD
+        g = gpt[page]
+        index = page & (sets - 1)
+        base = index * ways
+        way = find(tlb, base, ways, page + 1, TLB_TAG_SHIFT)
+        walk_ps = 0
+        if way >= 0 and not (write and (tlb[base + way] & TLB_DIRTY) == 0):
+            walk_ps = stlb_hit
+            frame = (tlb[base + way] >> TLB_FRAME_SHIFT) & TLB_FRAME_MASK
+        else:
+            if (g & PRESENT) == 0 or (g & PROTNONE) != 0 or (write and (g & WRITABLE) == 0):
+                reason = FAULT
+                break
+            gpfn = (g & FRAME_MASK) >> FRAME_SHIFT
+            e = ept[gpfn]
+            if (e & PRESENT) == 0 or (write and (e & WRITABLE) == 0):
+                reason = FAULT
+                break
+            bits = ACCESSED | DIRTY if write else ACCESSED
+            if (g & bits) != bits:
+                g |= bits
+                gpt[page] = g
+            if (e & bits) != bits:
+                ept[gpfn] = e | bits
+            frame = (e & FRAME_MASK) >> FRAME_SHIFT
+            table = page >> TABLE_SHIFT
+            walked = walk(pde, pde_recent, nested, nested_recent, ept_pde, ept_pde_recent, field, table,
+                          table_gpfn[table], table_slow[table], gpfn, price)  # fmt: skip
+            walk_ps = walked & ((1 << REFS_SHIFT) - 1)
+            refs += walked >> REFS_SHIFT
+            walks += 1
+            walk_total += walk_ps
+            if way >= 0:
+                assists += 1
+            else:
+                misses += 1
+                way = victim(recent, index)
+            tlb[base + way] = (
+                ((page + 1) << TLB_TAG_SHIFT) | (frame << TLB_FRAME_SHIFT) | TLB_WRITABLE | (TLB_DIRTY if write else 0)
+            )
+        touch(recent, index, way, ways)
+
+        slow = 1 if frame >= slow_frames else 0
+        local = 1 if (a >> 8) == last_block else 0
+        if budget[0, slow] <= 0 or (write and budget[1, slow] <= 0):
+            counters[C.time__throttle_ps] += state[S_END_PS] - clock
+            clock = state[S_END_PS]
+            break
+        last_block = a >> 8
+        if fault_ps[position] != 0:
+            clock += fault_ps[position]
+            fault_ps[position] = 0
+        if exit_ps[position] != 0:
+            field[EXIT_START] = clock
+            clock += exit_ps[position]
+            field[EXIT_END] = clock
+            field[FLUSH_AT_ENTRY] = 0
+            exit_ps[position] = 0
+
+        stamp = stamps[frame]
+        if stamp != (owner | (page << STAMP_PAGE_SHIFT) | ((g >> ENTRY_VERSION_SHIFT) & STAMP_VERSION_MASK)):
+            bad += 1
+        latency = walk_ps + latency_ps[slow, local]
+        cost = (latency * mlp) >> 8
+        budget[0, slow] -= read_bytes[slow, local]
+        if write:
+            stores += 1
+            gpt[page] = (g & ~ENTRY_VERSION_MASK) | ((g + ENTRY_VERSION_ONE) & ENTRY_VERSION_MASK)
+            stamps[frame] = (stamp & ~STAMP_VERSION_MASK) | ((stamp + 1) & STAMP_VERSION_MASK)
+            budget[1, slow] -= write_bytes[slow, local]
+        clock += think[position] + cost
+        thought += think[position]
+        stall += cost
+        histogram[min(latency >> LATENCY_BIN_SHIFT, LATENCY_BINS - 1)] += 1
+        slow_total += slow
+        total += 1
+        left -= 1
+        position += 1
+
+        if kind != STORE:
+            loads += 1
+            if load_period > 0:
+                field[TAG_LEFT] -= 1
+                if field[TAG_LEFT] <= 0:
+                    field[RANDOM] = (field[RANDOM] * 1103515245 + 12345) & 0x7FFFFFFF
+                    field[TAG_LEFT] = 1 + (field[RANDOM] >> 8) % params[P_TAG_SPAN]
+                    if latency >= params[P_THRESHOLD_PS]:
+                        field[LOAD_COUNT] += 1
+                        if field[LOAD_COUNT] >= load_period:
+                            field[LOAD_COUNT] = 0
+                            gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
+                            pmi = write_record(m.ds, field, vcpu, EVENT_LOAD, clock, gva, slow, latency, counters)
+                            clock += params[P_RECORD_PS]
+                            counters[C.time__stolen_ps] += params[P_RECORD_PS]
+                            if pmi:
+                                reason = PMI
+                                break
+        if write and store_period > 0:
+            field[STORE_COUNT] += 1
+            if field[STORE_COUNT] >= store_period:
+                field[STORE_COUNT] = 0
+                gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
+                pmi = write_record(m.ds, field, vcpu, EVENT_STORE, clock, gva, slow, latency, counters)
+                clock += params[P_RECORD_PS]
+                counters[C.time__stolen_ps] += params[P_RECORD_PS]
+                if pmi:
+                    reason = PMI
+                    break
+
+    field[CLOCK] = clock
+    field[POSITION] = position
+    field[LAST_BLOCK] = last_block
+    state[S_LEFT] = left
+    counters[C.access__total] += total
+    counters[C.access__fast] += total - slow_total
+    counters[C.access__slow] += slow_total
+    counters[C.access__loads] += loads
+    counters[C.access__stores] += stores
+    counters[C.access__tlb_misses] += misses
+    counters[C.access__dirty_assists] += assists
+    counters[C.access__walks] += walks
+    counters[C.access__walk_refs] += refs
+    counters[C.access__walk_ps] += walk_total
+    counters[C.access__stall_ps] += stall
+    counters[C.access__think_ps] += thought
+    counters[C.integrity__accesses_checked] += total
+    counters[C.integrity__mismatches] += bad
+    return reason
+
+
+@kernel
+def run(m: Machine, operations: np.ndarray, until: int) -> int:
+    """Run all vCPUs to virtual time ``until`` (ps), applying ``operations`` (OPERATION[k]) at their times.
+
+    Returns the reason; for all but REACHED, ``state[S_TURN]`` names the vCPU, and the next call resumes there.
+    """
+    state = m.state
+    slice_ps = state[S_SLICE_PS]
+    while True:
+        now = state[S_NOW]
+        boundary = min(until, (now // slice_ps + 1) * slice_ps)
+        next_operation = state[S_OPERATION]
+        if next_operation < operations.size:
+            boundary = min(boundary, max(now, operations[next_operation].time_ps))
+        for vcpu in range(state[S_TURN], m.vcpus.field.shape[0]):
+            reason = _run_vcpu(m, vcpu, boundary)
+            if reason != REACHED:
+                state[S_TURN] = vcpu
+                return reason
+        state[S_TURN] = 0
+        state[S_NOW] = boundary
+        while next_operation < operations.size and operations[next_operation].time_ps <= boundary:
+            apply_operation(m.vcpus, m.ept, m.stamps, state, operations[next_operation], m.counters)
+            next_operation += 1
+        state[S_OPERATION] = next_operation
+        if boundary >= until:
+            return REACHED

@@ -1,0 +1,388 @@
+"""One guest: vCPUs, kernel, scheduler and agent put together as a state machine; no socket, no clock of its own.
+
+`Guest.advance` runs to the next barrier. It calls the engine, and whenever the engine stops it does what the kernel
+would: generate accesses, take faults, run timers (scheduler tick, context switch, policy), hand work to the agent.
+Everything about virtual time is decided here and in the engine; how the work is spread over OS threads is the caller's
+`Threads`, and how a hypercall reaches the host is the caller's `EptFaultCall` (architecture 2, sans-I/O).
+"""
+
+import heapq
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from guestd import engine
+from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI, Machine
+from guestd.errors import GuestError
+from guestd.events import EventLog
+from guestd.fault import NO_FRAME, OUT_OF_MEMORY, Batch, charge, clear_fresh, collect, verify
+from guestd.guest_view import EptFaultCall, GuestView
+from guestd.hotness import placement_by_heat
+from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter, metered
+from guestd.mm.nodes import FAST, SLOW, WMARK_LOW, new_nodes
+from guestd.params import resolve
+from guestd.pebs import drain, new_ds_area
+from guestd.report import Snapshot, build_report
+from guestd.threads import Threads
+from guestd.tiering.policy import Tiering
+from guestd.tiering.registry import policies
+from guestd.vcpu import CLOCK, DS_INDEX, EXIT_END, EXIT_START, FLUSH_AT_ENTRY, IDLE, LENGTH, POSITION, new_vcpus
+from guestd.walk import PRICE_EPT_LEAF, PRICE_GUEST_LEAF_FAST, PRICE_GUEST_LEAF_SLOW, PRICE_UPPER
+from guestd.workloads.base import Buffer
+from guestd.workloads.registry import workloads
+from proto.config import GuestConfig
+from proto.counters import C, new_counters
+from proto.entry import owner_stamp
+from proto.layout import OPERATION, VmMemory
+from proto.messages import Advance, Tick
+from proto.units import LINE_SIZE, PS_PER_S
+
+FOREVER = 1 << 62
+NULL_ACTIVATIONS = 200
+T = TypeVar("T")
+_drain = metered(drain)
+
+
+def _nothing() -> None: ...
+
+
+class Guest:
+    """See the module. Raises GuestError when the guest cannot go on (out of memory)."""
+
+    def __init__(self, config: GuestConfig, memory: VmMemory, ept_fault: EptFaultCall, threads: Threads) -> None:
+        self.config = config
+        self.memory = memory
+        self._ept_fault = ept_fault
+        self._threads = threads
+        self.policy = policies()[config.policy]
+        params = resolve(self.policy.params, config.policy_params)
+        self.workload = workloads()[config.workload].create(config)
+        host_side = self.policy.view == "host"
+        total = config.total_pages
+        # A host-side design's guest sees one flat node; the host moves frames behind it.
+        self.nodes = new_nodes(total, total if host_side else config.fast_pages, 0 if host_side else config.slow_pages)
+        self.sampling = self.policy.sampling(params)
+        self.machine = self._new_machine(memory)
+        self.meter = Meter()
+        self._timers: list[tuple[int, int, Callable[[], None]]] = []
+        self._sequence = 0
+        self._events = EventLog(config.events_path, config.vm)
+        self.view = GuestView(
+            self.machine, self.nodes, self.meter, config, self._schedule_policy, ept_fault, self._events
+        )
+        # A host-side policy runs in the host; here the guest manages nothing.
+        self.tiering = Tiering(self.view, params) if host_side else self.policy.create(self.view, params)
+        heat = self.workload.heat() if self.policy.places_by_heat else None
+        self._prefer = (
+            placement_by_heat(
+                heat, config.fast_pages - int(self.nodes.watermark[FAST, WMARK_LOW]) - self.workload.space.tables
+            )
+            if heat is not None
+            else np.zeros(0, np.uint8)
+        )
+        self._batch = Batch(config.engine.block)
+        self._samples = np.zeros((self.machine.ds.records.shape[1], 5), np.int64)
+        self._buffers = [
+            Buffer(self.machine.vcpus.address[v], self.machine.vcpus.kind[v], self.machine.vcpus.think_ps[v])
+            for v in range(config.vcpus)
+        ]
+        self._next_agent_vcpu = 0
+        self.activations = 0
+        self.phase = "populate"
+        self.run_started_ps = 0
+        self.ended_ps = 0
+        self.started_ps = config.start_ps
+        self.populated: Snapshot | None = None
+        self.pages_checked = 0
+        self.null_activation_ns = 0.0
+
+    # -- construction -------------------------------------------------------------------------------------------
+
+    def _new_machine(self, memory: VmMemory) -> Machine:
+        config, costs, space = self.config, self.config.costs, self.workload.space
+        state, price = engine.new_state()
+        state[engine.S_LEFT] = -1
+        state[engine.S_OWNER] = owner_stamp(config.vm)
+        state[engine.S_SLOW_FRAMES] = config.total_pages
+        state[engine.S_MLP_Q8] = max(1, round(256 / self.workload.mlp))
+        state[engine.S_FLUSH_PS] = costs.invept_ps
+        state[engine.S_VMEXIT_PS] = costs.vmexit_ps
+        state[engine.S_SLICE_PS] = config.engine.slice_ps
+        state[engine.S_STLB_HIT_PS] = costs.stlb_hit_ps
+        tiers = (costs.fast, costs.slow)
+        # A local access finds its block in the device's buffer; only granules above a line have such a block.
+        read = np.array([[t.granule_bytes, LINE_SIZE if t.granule_bytes == LINE_SIZE else 0] for t in tiers], np.int64)
+        return Machine(
+            vcpus=new_vcpus(config.vcpus, costs, config.seed),
+            gpt=np.zeros(space.pages, np.int64),
+            ept=memory.ept,
+            stamps=memory.stamps,
+            table_gva=space.table_gva,
+            table_gpfn=np.full(space.tables, NO_FRAME, np.int64),
+            table_slow=np.zeros(space.tables, np.int64),
+            ds=new_ds_area(config.vcpus, config.kernel.ds_pages, self.sampling, costs),
+            state=state,
+            latency_ps=np.zeros((2, 2), np.int64),
+            read_bytes=read,
+            write_bytes=read.copy(),
+            budget=np.zeros((2, 2), np.int64),
+            price=price,
+            counters=new_counters(),
+        )
+
+    # -- time ---------------------------------------------------------------------------------------------------
+
+    @property
+    def now(self) -> int:
+        """Virtual time that all vCPUs have reached, ps."""
+        return int(self.machine.state[engine.S_NOW])
+
+    @property
+    def finished(self) -> bool:
+        """The run phase is over."""
+        return self.phase == "done"
+
+    def _at(self, time_ps: int, action: Callable[[], None]) -> None:
+        self._sequence += 1
+        heapq.heappush(self._timers, (time_ps, self._sequence, action))
+
+    def _schedule_policy(self, name: str, at_ps: int) -> None:
+        self._at(at_ps, lambda: self._activate(KTHREAD, self._agent_vcpu(), self.tiering.on_timer, name))
+
+    def start(self) -> None:
+        """Boot at the tenant's start time: scheduler timers, the policy's own."""
+        config = self.config
+        state, field = self.machine.state, self.machine.vcpus.field
+        state[engine.S_NOW] = config.start_ps
+        field[:, CLOCK] = config.start_ps
+        self.meter.now = config.start_ps
+        period = config.kernel.sched_slice_ps
+        for vcpu in range(config.vcpus):
+            self._at(config.start_ps + period * (vcpu + 1) // config.vcpus, partial(self._context_switch, vcpu))
+        self._tick_ps = PS_PER_S // config.kernel.hz
+        if self.tiering.reclaim_mark is not None:
+            self._at(config.start_ps + self._tick_ps, self._tick)
+        self.null_activation_ns = self._calibrate()
+        self._threads.on_agent(self.tiering.start)
+
+    def _calibrate(self) -> float:
+        """CPU of an activation that does nothing, ns: the floor under every figure of the agent."""
+        before = self.agent_cpu_ns()
+        for _ in range(NULL_ACTIVATIONS):
+            self._threads.on_agent(_nothing)
+        return (self.agent_cpu_ns() - before) / NULL_ACTIVATIONS
+
+    def agent_cpu_ns(self) -> int:
+        """CPU of the agent's thread so far, ns."""
+        return self._threads.agent_cpu_ns()
+
+    def advance(self, message: Advance) -> Tick:
+        """Run to ``message.until_ps``, applying its operations at their times. Raises GuestError."""
+        state, machine = self.machine.state, self.machine
+        until = message.until_ps
+        state[engine.S_END_PS] = until
+        state[engine.S_OPERATION] = 0
+        machine.latency_ps[:] = np.array(message.latency_ps).reshape(2, 2)
+        machine.budget[:] = np.array(message.bandwidth_budget).reshape(2, 2)
+        before = machine.budget.copy()
+        self._set_walk_prices()
+        operations = np.frombuffer(message.operations, OPERATION)
+        while self.now < until and not self.finished:
+            target = min(until, self._timers[0][0] if self._timers else FOREVER)
+            if self.phase == "run" and self.config.run_ps:
+                target = min(target, self.run_started_ps + self.config.run_ps)
+            if target > self.now:
+                reason = self._threads.on_vcpu(self._run, operations, target)
+                if reason == FAULT:
+                    self._take_faults()
+                elif reason == PMI:
+                    self._take_pmi()
+                elif reason == COMPLETED:
+                    self._finish(int(machine.vcpus.field[:, CLOCK].max()))
+            if self.phase == "run" and self.config.run_ps and self.now >= self.run_started_ps + self.config.run_ps:
+                self._finish(self.now)
+            while self._timers and self._timers[0][0] <= self.now and not self.finished:
+                heapq.heappop(self._timers)[2]()
+        self._events.flush()
+        return Tick(
+            time_ps=until,
+            phase=self.phase,
+            progress=self._progress(),
+            counters=machine.counters.tobytes(),
+            agent_cpu_s=self._threads.agent_cpu_ns() / 1e9,
+            bandwidth_demand=(before - machine.budget).tobytes(),
+        )
+
+    def _progress(self) -> float:
+        if self.phase != "run":
+            return float(self.finished)
+        if self.config.run_ps:
+            return min(1.0, (self.now - self.run_started_ps) / self.config.run_ps)
+        return 1.0 - int(self.machine.state[engine.S_LEFT]) / self.config.transactions
+
+    def _set_walk_prices(self) -> None:
+        """A leaf line sits in the LLC with the probability that the page tables fit there (costs.md 2.2)."""
+        costs, price, latency = self.config.costs, self.machine.price, self.machine.latency_ps
+        table_bytes = 16 * int(self.nodes.managed.sum() - self.nodes.free_count.sum())
+        fits = min(1000, 1000 * costs.llc_bytes // max(1, table_bytes))
+        cached = fits * costs.walk_llc_ref_ps
+        price[PRICE_UPPER] = costs.walk_cached_ref_ps
+        price[PRICE_GUEST_LEAF_FAST] = (cached + (1000 - fits) * int(latency[FAST, 0])) // 1000
+        price[PRICE_GUEST_LEAF_SLOW] = (cached + (1000 - fits) * int(latency[SLOW, 0])) // 1000
+        price[PRICE_EPT_LEAF] = price[PRICE_GUEST_LEAF_FAST]
+
+    # -- vCPU thread --------------------------------------------------------------------------------------------
+
+    def _run(self, operations: npt.NDArray[np.void], until: int) -> int:
+        """Run the engine until ``until``, a fault or a PMI; generate accesses as they are needed."""
+        field, state = self.machine.vcpus.field, self.machine.state
+        while True:
+            reason = int(engine.run(self.machine, operations, until))
+            if reason != NEED_ACCESSES:
+                return reason
+            vcpu = int(state[engine.S_TURN])
+            count = self._generate(vcpu)
+            field[vcpu, POSITION], field[vcpu, LENGTH] = 0, count
+            if count == 0:
+                field[vcpu, IDLE] = 1
+                if field[:, IDLE].all():
+                    self._populated()
+
+    def _generate(self, vcpu: int) -> int:
+        buffer = self._buffers[vcpu]
+        if self.phase == "populate":
+            return self.workload.populate(vcpu, buffer)
+        return self.workload.generate(vcpu, buffer)
+
+    def _populated(self) -> None:
+        """The last vCPU has no first touch left: all of them start the run together."""
+        field, state = self.machine.vcpus.field, self.machine.state
+        now = int(field[:, CLOCK].max())
+        field[:, CLOCK] = now
+        field[:, IDLE] = 0
+        state[engine.S_LEFT] = self.config.transactions or -1
+        self.run_started_ps = now
+        self.phase = "run"
+        self.machine.vcpus.histogram[:] = 0
+        self.populated = Snapshot.take(self.machine.counters, self.meter)
+        self._events.add(now, "phase", 0, 0, 1)
+
+    # -- faults and interrupts ----------------------------------------------------------------------------------
+
+    def _take_faults(self) -> None:
+        machine, config, batch = self.machine, self.config, self._batch
+        vcpus, counters = machine.vcpus, machine.counters
+        vcpu = int(machine.state[engine.S_TURN])
+        collect(
+            vcpus, vcpu, config.engine.block, machine.gpt, machine.ept, self.nodes, machine.table_gpfn,
+            machine.table_slow, self._prefer, FAST, config.costs.minor_fault_ps, batch.hint_page, batch.hint_position,
+            batch.gpfn, batch.gpfn_position, batch.gpfn_old, batch.fresh, batch.fresh_gpfn, batch.counts, counters,
+        )  # fmt: skip
+        hints, gpfns, fresh, state = (int(count) for count in batch.counts)
+        now = int(vcpus.field[vcpu, CLOCK])
+        if gpfns:
+            cost = self._ept_fault(now, batch.gpfn[:gpfns], np.ones(gpfns, np.uint8))
+            total = int(charge(vcpus.exit_ps[vcpu], batch.gpfn_position[:gpfns], cost))
+            counters[C.exit__ept_violation] += gpfns
+            counters[C.time__exit_ps] += total
+            counters[C.time__stolen_ps] += int(cost[batch.gpfn_old[:gpfns] == 1].sum())
+        if fresh and clear_fresh(
+            machine.gpt, machine.ept, machine.stamps, int(machine.state[engine.S_OWNER]), batch.fresh[:fresh],
+            batch.fresh_gpfn[:fresh],
+        ):  # fmt: skip
+            raise GuestError("the host left frames unmapped after it had answered the fault")
+        if hints:
+            pages = batch.hint_page[:hints]
+            cost = self._activate(TASK, vcpu, self.tiering.on_hint_faults, pages, at=now, charge_vcpu=False)
+            total = int(charge(vcpus.fault_ps[vcpu], batch.hint_position[:hints], cost))
+            counters[C.time__fault_ps] += total
+            counters[C.time__stolen_ps] += total
+        if state == OUT_OF_MEMORY and not (hints or gpfns or fresh):
+            raise GuestError(
+                f"out of memory: {self.workload.space.pages} pages of gVA on {config.total_pages} pages of memory; "
+                "give the VM more memory or the workload a smaller footprint"
+            )
+
+    def _take_pmi(self) -> None:
+        """A DS area is nearly full: exit, injection, handler; the handler drains it."""
+        vcpu = int(self.machine.state[engine.S_TURN])
+        field, costs, counters = self.machine.vcpus.field[vcpu], self.config.costs, self.machine.counters
+        counters[C.pebs__pmi] += 1
+        counters[C.exit__pmi] += 1
+        counters[C.time__exit_ps] += costs.pmi_guest_ps
+        counters[C.time__stolen_ps] += costs.pmi_guest_ps + costs.pmi_ps
+        field[EXIT_START] = field[CLOCK]
+        field[EXIT_END] = field[CLOCK] + costs.pmi_guest_ps
+        field[FLUSH_AT_ENTRY] = 0
+        field[CLOCK] += costs.pmi_guest_ps + costs.pmi_ps
+        self._activate(INTERRUPT, vcpu, self._drain, vcpu)
+
+    def _context_switch(self, vcpu: int) -> None:
+        """The task is switched out and, after kernel work, in again."""
+        kernel, field = self.config.kernel, self.machine.vcpus.field
+        self._at(self.now + kernel.sched_slice_ps, partial(self._context_switch, vcpu))
+        if field[vcpu, IDLE]:
+            return
+        self.machine.counters[C.vmstat__context_switches] += 1
+        field[vcpu, CLOCK] += 2 * self.config.costs.context_switch_ps
+        if self.tiering.drains_at_context_switch and field[vcpu, DS_INDEX]:
+            self._activate(TASK, vcpu, self._drain, vcpu)
+
+    def _tick(self) -> None:
+        """Scheduler tick: kswapd is woken when the fast node is low, and shares its vCPU with the task."""
+        mark = self.tiering.reclaim_mark
+        self._at(self.now + self._tick_ps, self._tick)
+        if mark is not None and self.nodes.free_count[FAST] < self.nodes.watermark[FAST, mark]:
+            self._activate(KTHREAD, self._agent_vcpu(), self.tiering.on_pressure, self._tick_ps // 2)
+
+    # -- agent thread -------------------------------------------------------------------------------------------
+
+    def _agent_vcpu(self) -> int:
+        """Kernel threads go round the vCPUs, as the load balancer spreads them over busy ones."""
+        self._next_agent_vcpu = (self._next_agent_vcpu + 1) % self.config.vcpus
+        return self._next_agent_vcpu
+
+    def _activate(self, context: int, vcpu: int, function: Callable[..., T], *args: object, at: int = -1,
+                     charge_vcpu: bool = True) -> T:  # fmt: skip
+        """Run agent work on the agent's thread; its modelled time is the vCPU's."""
+        meter = self.meter
+        meter.context = context
+        self.view.vcpu = vcpu
+        began = meter.now = self.now if at < 0 else at
+        self.activations += 1
+        result = self._threads.on_agent(function, *args)
+        if charge_vcpu:
+            self.machine.vcpus.field[vcpu, CLOCK] += meter.now - began
+            self.machine.counters[C.time__stolen_ps] += meter.now - began
+        return result
+
+    def _drain(self, vcpu: int) -> None:
+        field, counters = self.machine.vcpus.field[vcpu], self.machine.counters
+        with self.meter.stage(TRACK):
+            count = int(_drain(self.meter.book, self.machine.ds.records[vcpu], field, self._samples))
+            self.meter.charge(self.config.costs.drain_record_ps * count)
+        counters[C.pebs__drains] += 1
+        counters[C.pebs__drained_records] += count
+        self.tiering.on_samples(self._samples[:count])
+
+    # -- end ----------------------------------------------------------------------------------------------------
+
+    def _finish(self, at_ps: int) -> None:
+        self.phase = "done"
+        self.ended_ps = at_ps
+        checked, bad = verify(self.machine.gpt, self.machine.ept, self.machine.stamps,
+                              int(self.machine.state[engine.S_OWNER]), self.machine.table_gpfn)  # fmt: skip
+        self.pages_checked = int(checked)
+        self.machine.counters[C.integrity__mismatches] += bad
+
+    def report(self) -> dict[str, object]:
+        """The VM's part of summary.json, but for what only the process knows."""
+        return build_report(self)
+
+    def close(self) -> None:
+        """Give the big arrays back."""
+        self._events.close()
+        del self.machine, self.nodes, self.view, self.tiering, self.workload, self.memory, self._buffers, self._timers

@@ -1,0 +1,91 @@
+"""What host threads do to a VM's vCPUs: flush requests, zaps and moves, as KVM executes them.
+
+The host knows no gVA, so each change asks for a flush of every vCPU (virt/kvm/kvm_main.c, kvm_flush_remote_tlbs). A
+vCPU in guest mode is kicked out and executes one global INVEPT at its next entry (arch/x86/kvm/vmx/vmx.c,
+vmx_flush_tlb_all); one that is outside already flushes at that entry, once for all requests that piled up meanwhile.
+`remote_tlb_flush` counts requests that kicked at least one vCPU, `tlb_flush` executions.
+"""
+
+from typing import Any
+
+from guestd.jit import inline
+from guestd.vcpu import CLOCK, EXIT_END, EXIT_START, FLUSH_AT_ENTRY, IDLE, Vcpus, drop_all
+from proto.arrays import Words
+from proto.counters import C, Counters
+from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE, YOUNG
+from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP
+
+# Indices of guestd.engine's state vector that are needed here (engine imports this file).
+SLOW_FRAMES = 6
+FLUSH_PS = 8
+VMEXIT_PS = 9
+
+
+@inline
+def request_flush(vcpus: Vcpus, state: Words, now: int, counters: Counters) -> None:
+    """One kvm_flush_remote_tlbs at ``now``: kick the vCPUs in guest mode, let the others flush at their entry."""
+    counters[C.kvm__remote_tlb_flush_requests] += 1
+    kicked = False
+    for vcpu in range(vcpus.field.shape[0]):
+        field = vcpus.field[vcpu]
+        outside = field[IDLE] == 1 or (field[EXIT_START] <= now < field[EXIT_END])
+        if outside:
+            if field[FLUSH_AT_ENTRY] == 1:
+                continue
+        else:
+            kicked = True
+            counters[C.exit__kick] += 1
+            counters[C.time__exit_ps] += state[VMEXIT_PS]
+            counters[C.time__stolen_ps] += state[VMEXIT_PS]
+            field[EXIT_START] = field[CLOCK]
+            field[CLOCK] += state[VMEXIT_PS]
+            field[EXIT_END] = field[CLOCK] + state[FLUSH_PS]
+        # The vCPU runs nothing until its entry, so the flush of that entry may empty the caches already now.
+        field[FLUSH_AT_ENTRY] = 1
+        drop_all(vcpus, vcpu)
+        field[CLOCK] += state[FLUSH_PS]
+        counters[C.kvm__tlb_flush] += 1
+        counters[C.instr__invept_global] += 1
+        counters[C.time__exit_ps] += state[FLUSH_PS]
+        counters[C.time__stolen_ps] += state[FLUSH_PS]
+    if kicked:
+        counters[C.kvm__remote_tlb_flush] += 1
+
+
+@inline
+def _zap(ept: Words, gpfn: int) -> bool:
+    """Clear a leaf's present bit; its A bit survives in software. Returns whether it was present."""
+    entry = ept[gpfn]
+    if (entry & PRESENT) == 0:
+        return False
+    young = YOUNG if (entry & ACCESSED) != 0 else 0
+    ept[gpfn] = (entry & ~(PRESENT | ACCESSED | DIRTY)) | young
+    return True
+
+
+@inline
+def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, operation: Any,
+                    counters: Counters) -> None:  # fmt: skip
+    """Execute one `proto.layout.OPERATION` at its time; all vCPUs have run up to it."""
+    now = operation.time_ps
+    if operation.kind == OP_FLUSH:
+        request_flush(vcpus, state, now, counters)
+    elif operation.kind == OP_ZAP:
+        zapped = 0
+        for gpfn in range(operation.a, operation.a + operation.b):
+            if _zap(ept, gpfn):
+                zapped += 1
+            entry = ept[gpfn]
+            slow = ((entry & FRAME_MASK) >> FRAME_SHIFT) >= state[SLOW_FRAMES]
+            if (entry & WRITABLE) != 0 and slow and operation.flags == PROTNONE:
+                ept[gpfn] = entry | PROTNONE
+        counters[C.kvm__mmu_zapped] += zapped
+        if zapped > 0:
+            request_flush(vcpus, state, now, counters)
+    elif operation.kind == OP_MOVE:
+        if _zap(ept, operation.a):
+            counters[C.kvm__mmu_zapped] += 1
+            request_flush(vcpus, state, now, counters)
+        entry = ept[operation.a]
+        stamps[operation.b] = stamps[(entry & FRAME_MASK) >> FRAME_SHIFT]
+        ept[operation.a] = (entry & ~(FRAME_MASK | PROTNONE)) | (operation.b << FRAME_SHIFT)

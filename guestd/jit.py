@@ -1,0 +1,48 @@
+"""How kernels are compiled, and the few machine operations that numba does not offer by itself."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_njit = cast(Any, numba.njit)
+# _nrt=False: kernels allocate nothing, and counting references to arrays would cost more than most of the work.
+_OPTIONS = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy", "_nrt": False}
+
+kernel: Callable[[F], F] = _njit(**_OPTIONS)
+"""Decorator of every hot loop: compiled once, cached, without the GIL."""
+
+inline: Callable[[F], F] = _njit(**_OPTIONS, inline="always")
+"""Decorator of a kernel's inner function: merged into its caller before compilation, as array arguments are dear."""
+
+
+def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    signature = types.void(array, index)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array_value = context.make_array(sig.args[0])(context, builder, args[0])
+        pointer = builder.gep(array_value.data, [args[1]])
+        pointer = builder.bitcast(pointer, cgutils.voidptr_t)
+        int32 = cgutils.int32_t
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [cgutils.voidptr_t], fnty=_prefetch_type(cgutils.voidptr_t, int32)
+        )
+        builder.call(function, [pointer, int32(0), int32(3), int32(1)])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+prefetch: Callable[[Any, int], None] = cast(Any, intrinsic(_prefetch))
+"""``prefetch(array, index)``: ask for the cache line of an element (to read, all levels); it changes no result."""
+
+
+def _prefetch_type(pointer: Any, int32: Any) -> Any:
+    from llvmlite import ir
+
+    return ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])

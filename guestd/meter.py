@@ -1,0 +1,137 @@
+"""CPU accounting of tiering work: measured by the thread's CPU clock inside compiled code, modelled by operations.
+
+A *metered* kernel reads the thread's CPU clock (CLOCK_THREAD_CPUTIME_ID) right after its arguments are unpacked and
+again when it is done, and books the difference to the stage that is current. Python dispatch and thread hand-over stay
+outside and end up in `other` (architecture 3.3). The modelled figure is what the same operations cost on the host of
+the profile; it advances the virtual clock of the thread that does the work.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from guestd.jit import kernel
+from proto.arrays import Words
+
+TRACK, CLASSIFY, MIGRATE = 0, 1, 2
+STAGES = ("track", "classify", "migrate")
+
+TASK, KTHREAD, INTERRUPT, HOST_THREAD = 0, 1, 2, 3
+CONTEXTS = ("task", "kthread", "interrupt", "host_thread")
+
+CURRENT = 3
+CALLS = 4
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _clock_intrinsic(typingctx: Any) -> Any:
+    """clock_gettime(CLOCK_THREAD_CPUTIME_ID) in nanoseconds, called from compiled code."""
+    signature = types.int64()
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        from llvmlite import ir
+
+        int64, int32 = ir.IntType(64), ir.IntType(32)
+        timespec = cast(Any, cgutils).alloca_once(builder, int64, size=2)
+        function = cast(Any, cgutils).get_or_insert_function(
+            builder.module, ir.FunctionType(int32, [int32, int64.as_pointer()]), "clock_gettime"
+        )
+        builder.call(function, [int32(time.CLOCK_THREAD_CPUTIME_ID), timespec])
+        seconds = builder.load(timespec)
+        nanoseconds = builder.load(builder.gep(timespec, [int32(1)]))
+        return builder.add(builder.mul(seconds, int64(1_000_000_000)), nanoseconds)
+
+    return signature, codegen
+
+
+_thread_cpu_ns: Callable[[], int] = cast(Any, intrinsic(_clock_intrinsic))
+
+
+@kernel
+def thread_cpu_ns() -> int:
+    """CPU time of the calling thread, ns."""
+    return int(_thread_cpu_ns())
+
+
+def _timed(book: Words, *args: Any) -> Any:
+    start = _thread_cpu_ns()
+    result = _inner(*args)  # type: ignore[name-defined]  # noqa: F821 -- bound by `metered`
+    book[book[CURRENT]] += _thread_cpu_ns() - start
+    book[CALLS] += 1
+    return result
+
+
+def metered(function: Callable[P, R]) -> Callable[Concatenate[Words, P], R]:
+    """Compile ``function`` as a kernel that takes the meter's array as an additional first argument and books itself.
+
+    The wrapper finds its callee among its globals: numba's cache cannot recognise a closure in the next process.
+    """
+    inner = function if hasattr(function, "py_func") else kernel(function)
+    name = f"metered_{function.__name__}"
+    timed = FunctionType(_timed.__code__, {**globals(), "_inner": inner}, name)
+    timed.__qualname__ = f"{function.__module__}.{name}"
+    timed.__doc__ = function.__doc__
+    return cast(Callable[Concatenate[Words, P], R], kernel(timed))
+
+
+class Meter:
+    """Accounts of one VM's tiering.
+
+    ``book``: int64[5], measured ns per stage, current stage, metered calls. ``modelled_ps``: int64[4, 3] by context and
+    stage. ``now``: virtual time of the thread at work, ps.
+    """
+
+    def __init__(self) -> None:
+        self.book = np.zeros(5, np.int64)
+        self.modelled_ps = np.zeros((len(CONTEXTS), len(STAGES)), np.int64)
+        self.context = KTHREAD
+        self.now = 0
+
+    @contextmanager
+    def stage(self, stage: int) -> Iterator[None]:
+        """Everything inside is work of ``stage``."""
+        before = int(self.book[CURRENT])
+        self.book[CURRENT] = stage
+        try:
+            yield
+        finally:
+            self.book[CURRENT] = before
+
+    def charge(self, ps: int) -> None:
+        """Model ``ps`` of work of the current stage; the thread's virtual time moves on."""
+        self.modelled_ps[self.context, self.book[CURRENT]] += ps
+        self.now += ps
+
+    def measured_s(self) -> dict[str, float]:
+        """CPU-seconds per stage."""
+        return {name: float(self.book[i]) / 1e9 for i, name in enumerate(STAGES)}
+
+    def modelled_s(self) -> dict[str, float]:
+        """CPU-seconds per stage, all contexts."""
+        return {name: float(self.modelled_ps[:, i].sum()) / 1e12 for i, name in enumerate(STAGES)}
+
+
+def meter_cost_ns(calls: int = 2000) -> float:
+    """What one metered call costs (two clock reads), by timing as many."""
+    start = thread_cpu_ns()
+    for _ in range(3):
+        _read_clocks(calls)
+    return (thread_cpu_ns() - start) / (3 * calls)
+
+
+@kernel
+def _read_clocks(calls: int) -> int:
+    total = 0
+    for _ in range(calls):
+        total -= _thread_cpu_ns()
+        total += _thread_cpu_ns()
+    return total

@@ -1,0 +1,132 @@
+"""A guest's part of summary.json (design: summary.md): counters of the run phase, populating kept apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from guestd.hotness import score
+from guestd.meter import CALLS, STAGES, Meter, meter_cost_ns
+from guestd.vcpu import LATENCY_BIN_SHIFT
+from proto.arrays import Mask, Words
+from proto.counters import Counters, flush_totals, split
+from proto.entry import FRAME_MASK, FRAME_SHIFT
+from proto.units import PAGE_SIZE, PS_PER_NS, PS_PER_S
+
+if TYPE_CHECKING:
+    from guestd.guest import Guest
+
+
+class Snapshot(NamedTuple):
+    """Accounts at the end of populating."""
+
+    counters: Counters
+    measured_ns: int
+    modelled_ps: int
+
+    @classmethod
+    def take(cls, counters: Counters, meter: Meter) -> Snapshot:
+        """Copies, so that the originals may go on."""
+        return cls(counters.copy(), int(meter.book[: len(STAGES)].sum()), int(meter.modelled_ps.sum()))
+
+
+def percentiles_ns(histogram: Words) -> dict[str, float]:
+    """p50, p90, p99 of a latency histogram (int64[LATENCY_BINS]), upper edge of the bin, ns."""
+    cumulative = np.cumsum(histogram)
+    total = int(cumulative[-1])
+    if total == 0:
+        return {}
+    return {
+        f"p{p}": float((int(np.searchsorted(cumulative, -(-total * p // 100))) + 1) << LATENCY_BIN_SHIFT) / PS_PER_NS
+        for p in (50, 90, 99)
+    }
+
+
+def build_report(guest: Guest) -> dict[str, Any]:
+    """Everything of a VM but what only its process knows (wait4, resident memory, round-trip times)."""
+    config, machine, meter = guest.config, guest.machine, guest.meter
+    populated = guest.populated or Snapshot(np.zeros_like(machine.counters), 0, 0)
+    ended = guest.ended_ps or guest.now
+    run_start = guest.run_started_ps if guest.populated else ended
+    run_ps = max(1, ended - run_start)
+    groups = split(machine.counters - populated.counters)
+    before = split(populated.counters)
+    whole = split(machine.counters)
+    access, vmstat, kvm, clock = groups["access"], groups["vmstat"], groups["kvm"], groups["time"]
+    total = access["total"]
+    vcpu_ps = run_ps * config.vcpus
+    measured = meter.measured_s()
+    agent_s = guest.agent_cpu_ns() / 1e9
+    modelled = meter.modelled_s()
+    run_measured_ns = int(meter.book[: len(STAGES)].sum()) - populated.measured_ns
+    run_modelled_ps = int(meter.modelled_ps.sum()) - populated.modelled_ps
+    hypothetical = guest.workload.heat()
+    report: dict[str, Any] = {
+        "id": config.vm,
+        "name": config.name,
+        "policy": config.policy,
+        "workload": config.workload,
+        "vcpus": config.vcpus,
+        "memory": {
+            "total_bytes": config.total_pages * PAGE_SIZE,
+            "fast_bytes": config.fast_pages * PAGE_SIZE,
+            "slow_bytes": config.slow_pages * PAGE_SIZE,
+        },
+        "outcome": "ok" if guest.finished else "stopped",
+        "transactions": total,
+        "virtual_s": run_ps / PS_PER_S,
+        "populate_virtual_s": (run_start - guest.started_ps) / PS_PER_S,
+        "throughput_mops": total / (run_ps / PS_PER_S) / 1e6,
+        "access": {
+            **{key: access[key] for key in ("total", "fast", "slow", "loads", "stores", "tlb_misses", "dirty_assists",
+                                            "walks", "walk_refs")},
+            "fast_ratio": access["fast"] / max(1, total),
+            "tlb_miss_ratio": access["tlb_misses"] / max(1, total),
+            "walk_ns_mean": access["walk_ps"] / PS_PER_NS / max(1, access["walks"]),
+            "latency_ns": percentiles_ns(machine.vcpus.histogram.sum(axis=0)),
+        },
+        "vmstat": vmstat,
+        "kvm": {**kvm, "exits": groups["exit"], "guest_mode_ratio": 1 - clock["exit_ps"] / vcpu_ps},
+        "instructions": groups["instr"],
+        "flushes": flush_totals(vmstat, kvm),
+        "migration": {
+            "promoted_pages": vmstat["pgpromote_success"],
+            "demoted_pages": vmstat["pgdemote_kswapd"] + vmstat["pgdemote_direct"] + vmstat["pgexchange_success"],
+            "swapped_pairs": vmstat["pgexchange_success"],
+            "failed_pages": vmstat["pgmigrate_fail"],
+            "bytes": groups["bytes"]["migrated"],
+        },
+        "agent_cpu": {
+            "where": "guest",
+            "measured_s": {**measured, "other": agent_s - sum(measured.values()), "total": agent_s},
+            "floor_s": guest.activations * guest.null_activation_ns / 1e9,
+            "activations": guest.activations,
+            "modelled_s": {**modelled, "total": sum(modelled.values())},
+            "measured_cores": run_measured_ns / 1e9 / (run_ps / PS_PER_S),
+            "modelled_cores": run_modelled_ps / run_ps,
+            "stolen_s": clock["stolen_ps"] / PS_PER_S,
+        },
+        "time": {name.removesuffix("_ps") + "_s": value / PS_PER_S for name, value in clock.items()},
+        "process_cpu": {"meter_s": int(meter.book[CALLS]) * meter_cost_ns() / 1e9},
+        "integrity": {"pages_checked": guest.pages_checked, **whole["integrity"]},
+        "populate": {
+            "vmstat": before["vmstat"],
+            "kvm": {**before["kvm"], "exits": before["exit"]},
+            "flushes": flush_totals(before["vmstat"], before["kvm"]),
+        },
+    }  # fmt: skip
+    if guest.sampling:
+        report["pebs"] = {**groups["pebs"], "period": guest.sampling.load_period}
+    if hypothetical is not None and config.fast_pages:
+        report["hotness"] = score(hypothetical, pages_in_fast(guest), config.fast_pages)
+    return report
+
+
+def pages_in_fast(guest: Guest) -> Mask:
+    """Which pages (bool[pages]) lie in fast frames, through both tables."""
+    machine = guest.machine
+    mapped = machine.gpt != 0
+    frames = (machine.gpt & FRAME_MASK) >> FRAME_SHIFT
+    slots = (machine.ept[frames] & FRAME_MASK) >> FRAME_SHIFT
+    return mapped & (slots < guest.config.total_pages)

@@ -1,0 +1,1 @@
+"""Tiering designs: stages over a `PageView`, composed into named policies."""

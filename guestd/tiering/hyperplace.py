@@ -1,0 +1,177 @@
+"""HyperPlace, the seed's own design (Demeter, SOSP'25): PEBS, a range tree over gVA, balanced relocation by swaps.
+
+Loads above a latency threshold are sampled at a fixed period; the records are drained when the sampled task is switched
+out, so no thread polls and no PMI comes. Every 500 ms the range tree is split and ranked; of the hottest ranges that
+fit fast memory, pages still in slow memory are swapped pairwise with pages of the coldest ranges that lie in fast
+memory, which needs no free frame and wakes no reclaim. Wherever paper and released code differ (reference demeter.md
+1.2, 1.3, 2) there is a parameter; its default is the paper.
+"""
+
+import numpy as np
+
+from guestd.meter import CLASSIFY, MIGRATE
+from guestd.mm.nodes import FAST, SLOW, WMARK_HIGH
+from guestd.params import Param
+from guestd.tiering.policy import Params, Policy, Sampling, Tiering
+from guestd.tiering.range_tree import COUNT, END, START, RangeTree
+from guestd.tiering.view import PageView
+from proto.arrays import Words
+from proto.counters import C
+from proto.units import PAGE_SHIFT, PS_PER_MS
+
+PARAMS = (
+    Param("load_period", 4093, "events", "loads above the threshold per record", "paper 3.2.2", (), 1, 10_000_000),
+    Param("load_latency_ns", 64, "ns", "load-latency threshold", "paper 3.2.2 (in cycles, really)", (), 3, 65535),
+    Param("store_period", 0, "events", "stores per record; the released code samples stores too, with 65535",
+          "paper: off; released code: 65535", (), 0, 100_000_000),
+    Param("epoch_ms", 500, "ms", "time between splits (t_split)", "paper 3.2.1", (), 1, 60_000),
+    Param("tau_split", 15, "samples", "unit of significance, per vCPU", "paper 3.2.1", (), 1, 1_000_000),
+    Param("alpha", 2, "tau_split", "how far a range must stand out from a neighbour", "paper 3.2.1", (), 1, 1000),
+    Param("neighbours", "both", "", "stand out from both neighbours (paper) or at least one (released code)",
+          "paper 3.2.1; range_tree.h", ("both", "one")),
+    Param("decay", True, "", "halve all counts every epoch", "paper 3.2.1"),
+    Param("merge_after", 8, "epochs", "merge neighbours idle for as long; 0 = never (released code)",
+          "paper 3.2.1 names tau_merge without a value: unpublished", (), 0, 1_000_000),
+    Param("floor_mb", 2, "MiB", "smallest range", "paper 3.2.1", (), 2, 1024),
+    Param("initial", "space", "", "initial ranges: the halves of the address space (paper: 64 TiB), or 2 x guest RAM "
+          "each, 1 GiB aligned (released code)", "paper 3.2.1; core.c", ("space", "ram")),
+    Param("migrate_on", "epoch", "", "relocate every epoch, or only in epochs with a split once a leaf is smallest",
+          "paper 3.2.3; core.c", ("epoch", "split")),
+    Param("swap", "batched", "", "flush once per batch (paper) or per page (released code)", "paper 3.2.3; exchange.c",
+          ("batched", "pairwise")),
+    Param("fill_free", False, "", "also move hot pages into free fast memory", "paper: pure swap"),
+    Param("batch_pairs", 512, "pairs", "pairs swapped before the worker yields", "unpublished", (),
+          1, 65536),
+)  # fmt: skip
+
+_SPACE_END = 1 << 47
+_BETWEEN = 0x6AAA_AAA0_0000
+"""Where the heap's range, growing up, ends and the mmap region's, growing down, begins."""
+_GIB = 1 << 30
+
+
+class HyperPlace(Tiering):
+    """See the module."""
+
+    drains_at_context_switch = True
+
+    def __init__(self, view: PageView, params: Params) -> None:
+        super().__init__(view, params)
+        floor = int(params["floor_mb"]) << 20
+        roots = [(0, _BETWEEN), (_BETWEEN, _SPACE_END)]
+        if params["initial"] == "ram":
+            span = -(-2 * (view.nodes.page.size // 2 << PAGE_SHIFT) // _GIB) * _GIB
+            first, last = view.address_bounds()
+            heap = first // _GIB * _GIB
+            top = -(-last // _GIB) * _GIB
+            roots = [(heap, heap + span)] if top - span < heap + span else [(heap, heap + span), (top - span, top)]
+        self.tree = RangeTree(roots, floor, view.meter.book)
+        unit = int(params["tau_split"]) * view.vcpus
+        self._margin = int(params["alpha"]) * unit
+        self._eligible = unit
+        self._wanted: Words = np.zeros(0, np.int64)
+        self._victims: Words = np.zeros(0, np.int64)
+
+    def start(self) -> None:
+        self.view.schedule("epoch", self.view.now + int(self.params["epoch_ms"]) * PS_PER_MS)
+
+    def on_samples(self, samples: Words) -> None:
+        with self.view.meter.stage(CLASSIFY):
+            self.tree.record(np.ascontiguousarray(samples[:, 0]))
+            self.view.meter.charge(self.view.costs.classify_record_ps * samples.shape[0])
+
+    def on_timer(self, name: str) -> None:
+        if name == "epoch":
+            self._epoch()
+        if self._wanted.size:
+            self._relocate()
+
+    def _epoch(self) -> None:
+        view, params = self.view, self.params
+        with view.meter.stage(CLASSIFY):
+            splits = self.tree.advance(
+                self._margin,
+                self._eligible,
+                both_neighbours=params["neighbours"] == "both",
+                decay=bool(params["decay"]),
+                merge_after=int(params["merge_after"]),
+            )
+            view.meter.charge(view.costs.classify_range_ps * self.tree.used)
+            sizes = self.tree.leaves[END] - self.tree.leaves[START]
+            ready = params["migrate_on"] == "epoch" or (
+                splits > 0 and int(sizes.min()) <= int(params["floor_mb"]) << 20
+            )
+            if ready and self.tree.leaves[COUNT].any():
+                self._choose()
+        view.schedule("epoch", view.now + int(params["epoch_ms"]) * PS_PER_MS)
+
+    def _choose(self) -> None:
+        """The largest prefix of hot ranges that fits fast memory; its slow pages, and as many cold fast ones."""
+        view = self.view
+        order = self.tree.ranking()
+        spans = [
+            view.page_range(int(self.tree.leaves[START, leaf]), int(self.tree.leaves[END, leaf])) for leaf in order
+        ]
+        capacity = int(view.nodes.managed[FAST])
+        used = 0
+        wanted: list[Words] = []
+        prefix = 0
+        for first, count in spans:
+            mapped = view.count_mapped(first, count)
+            if used + mapped > capacity or self.tree.leaves[COUNT, order[prefix]] == 0:
+                break
+            used += mapped
+            wanted.append(view.on_node(first, count, SLOW, count))
+            prefix += 1
+        self._wanted = np.concatenate(wanted) if wanted else np.zeros(0, np.int64)
+        if self.params["fill_free"] and self._wanted.size:
+            with view.meter.stage(MIGRATE):
+                moved = view.move(self._wanted, FAST, view.watermark(FAST, WMARK_HIGH))
+                view.counters[C.vmstat__pgpromote_success] += int(moved.sum())
+                self._wanted = self._wanted[~moved]
+        victims: list[Words] = []
+        need = self._wanted.size
+        for first, count in reversed(spans[prefix:]):
+            if need <= 0:
+                break
+            found = view.on_node(first, count, FAST, need)
+            victims.append(found)
+            need -= found.size
+        self._victims = np.concatenate(victims) if victims else np.zeros(0, np.int64)
+        self._wanted = self._wanted[: self._victims.size]
+
+    def _relocate(self) -> None:
+        """Swap one batch; the worker shares its vCPU with the task, so the next one is due as much later."""
+        view, batch = self.view, int(self.params["batch_pairs"])
+        before = view.now
+        with view.meter.stage(MIGRATE):
+            count = view.exchange(self._wanted[:batch], self._victims[:batch], batched=self.params["swap"] == "batched")
+        view.counters[C.vmstat__pgpromote_success] += count
+        self._wanted, self._victims = self._wanted[batch:], self._victims[batch:]
+        if self._wanted.size:
+            view.schedule("relocate", view.now + (view.now - before))
+
+
+def _sampling(params: Params) -> Sampling:
+    return Sampling(int(params["load_period"]), int(params["load_latency_ns"]), int(params["store_period"]))
+
+
+POLICY = Policy(
+    name="hyperplace",
+    summary="PEBS drained at context switch, range tree over gVA, balanced pairwise swap",
+    view="guest",
+    stages={"tracker": "PEBS at context switch", "classifier": "range tree over gVA", "migrator": "balanced swap"},
+    source="seed; Demeter, SOSP'25",
+    create=HyperPlace,
+    params=PARAMS,
+    sampling=_sampling,
+    warm_up={
+        "load_period": 7,
+        "store_period": 50,
+        "epoch_ms": 2,
+        "tau_split": 1,
+        "initial": "ram",
+        "swap": "pairwise",
+        "fill_free": True,
+    },
+)

@@ -1,0 +1,78 @@
+"""What a policy is: a declaration (name, view, stages, parameters with sources) and the object that runs it.
+
+A policy is one file with a module-level `POLICY`; the built-in ones register in `registry`, third parties through an
+entry point in the group ``tierfleet.policies`` that names such an object.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from guestd.params import Param
+from guestd.tiering.view import PageView
+from proto.arrays import Words
+from proto.config import Scalar
+
+MIB = 1 << 20
+Params = dict[str, Scalar]
+
+
+class Sampling(NamedTuple):
+    """What a policy asks of the PMU; a period of 0 switches the event off."""
+
+    load_period: int
+    latency_threshold_ns: int
+    store_period: int
+
+
+class Tiering:
+    """A running policy on one view. Hooks are called on the agent's thread; work is charged through ``view.meter``.
+
+    ``reclaim_mark``: watermark of the fast node below which `on_pressure` is called at scheduler ticks.
+    """
+
+    reclaim_mark: int | None = None
+    drains_at_context_switch = False
+
+    def __init__(self, view: PageView, params: Params) -> None:
+        self.view = view
+        self.params = params
+
+    def start(self) -> None:
+        """The VM begins to run (before populating)."""
+
+    def on_timer(self, name: str) -> None:
+        """A timer set with ``view.schedule`` is due."""
+
+    def on_hint_faults(self, pages: Words) -> Words:
+        """NUMA hint faults on ``pages`` (int64[n]), each taken once; returns what each cost its vCPU, ps (int64[n])."""
+        self.view.unprotect(pages)
+        return np.full(pages.size, self.view.costs.hint_fault_ps, np.int64)
+
+    def on_samples(self, samples: Words) -> None:
+        """PEBS records drained from one vCPU: int64[n, 5] rows (gVA, slow, latency ns, event, time ps)."""
+
+    def on_pressure(self, budget_ps: int) -> None:
+        """The fast node is below `reclaim_mark`; work for about ``budget_ps``."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Declaration of a policy. ``view``: ``guest``, ``host`` or ``-`` (it manages nothing)."""
+
+    name: str
+    summary: str
+    view: Literal["guest", "host", "-"]
+    stages: dict[str, str]
+    source: str
+    create: Callable[[PageView, Params], Tiering] = Tiering
+    params: tuple[Param, ...] = ()
+    min_memory_bytes: int = 16 * MIB
+    sampling: Callable[[Params], Sampling | None] = field(default=lambda params: None)
+    """What the policy asks of the guest's PMU."""
+    warm_up: Params = field(default_factory=dict)
+    """Parameters with which each mechanism acts within milliseconds, for compiling it before a run."""
+    places_by_heat: bool = False
+    """First touch puts the workload's truly hot pages on the fast node (the oracle)."""

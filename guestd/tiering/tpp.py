@@ -1,0 +1,152 @@
+"""TPP, as its paper's patch set does it (ASPLOS'23, on Linux 5.15): reference policies.md 1a; over an EPT: 1c.
+
+Tracking and promotion are one: a scanner in task context puts slow pages under PROT_NONE (256 MB a pass), and the hint
+fault of an *active* page promotes it on the spot, while an inactive page is only marked accessed. kswapd demotes from
+the fast node's LRU lists whenever free memory falls below WMARK_DEMOTE (2 %). The same code over the host's view is
+H-TPP: every young page it ages costs a VM-wide flush, every scanned range is zapped and faults back in.
+"""
+
+import numpy as np
+
+from guestd.meter import MIGRATE, TASK, TRACK
+from guestd.mm.kswapd import Kswapd
+from guestd.mm.nodes import FAST, WMARK_DEMOTE, WMARK_HIGH
+from guestd.params import Param
+from guestd.tiering.policy import Params, Policy, Tiering
+from guestd.tiering.view import PageView
+from proto.arrays import Words
+from proto.counters import C
+from proto.units import PAGE_SHIFT, PS_PER_MS
+
+_MB = 1 << 20
+
+PARAMS = (
+    Param("scan_size_mb", 256, "MB", "virtual memory put under PROT_NONE per pass", "kernel/sched/fair.c, scan_size",
+          (), 1, 65536),
+    Param("scan_period_min_ms", 1000, "ms", "shortest time between passes", "kernel/sched/fair.c", (), 1, 600_000),
+    Param("scan_period_max_ms", 60000, "ms", "longest time between passes", "kernel/sched/fair.c", (), 1, 600_000),
+    Param("scan_delay_ms", 1000, "ms", "time before the first pass", "kernel/sched/fair.c, scan_delay", (), 0, 600_000),
+    Param("adapt_scan_period", True, "", "lengthen the period while most faults are local", "kernel/sched/fair.c"),
+    Param("active_filter", True, "", "promote only pages on an active list", "TPP 5.3; mm/memory.c of the patches"),
+)  # fmt: skip
+
+THROTTLE = 32
+"""A pass is followed by at least 32 times its own run time (task_tick_numa: node_stamp += 32 * diff)."""
+SKIP = 8
+"""Virtual space passed over in one pass, in scan sizes, where nothing was to be changed."""
+
+
+class Tpp(Tiering):
+    """See the module."""
+
+    reclaim_mark = WMARK_DEMOTE
+
+    def __init__(self, view: PageView, params: Params) -> None:
+        super().__init__(view, params)
+        self._kswapd = Kswapd(view, WMARK_DEMOTE)
+        self._cursor = 0
+        self._scan_pages = int(params["scan_size_mb"]) * _MB >> PAGE_SHIFT
+        self._period_min = int(params["scan_period_min_ms"]) * PS_PER_MS
+        self._period_max = int(params["scan_period_max_ms"]) * PS_PER_MS
+        self._period = self._period_min
+        self._faults_since_round = 0
+        self._promoted_since_round = 0
+
+    def start(self) -> None:
+        self.view.schedule("scan", self.view.now + int(self.params["scan_delay_ms"]) * PS_PER_MS)
+
+    def on_timer(self, name: str) -> None:
+        """One pass of the scanner, in the task's own context."""
+        view = self.view
+        began = view.now
+        context, view.meter.context = view.meter.context, TASK
+        with view.meter.stage(TRACK):
+            self._pass()
+        view.meter.context = context
+        view.schedule("scan", began + max(self._period, THROTTLE * (view.now - began)))
+
+    def _pass(self) -> None:
+        left, skip = self._scan_pages, SKIP * self._scan_pages
+        while left > 0 and skip > 0:
+            count = min(left, self.view.pages - self._cursor)
+            changed = self.view.protect(self._cursor, count)
+            self._cursor += count
+            skip -= count
+            if changed:
+                left -= count
+            if self._cursor >= self.view.pages:
+                self._cursor = 0
+                self._round_over()
+                return
+
+    def _round_over(self) -> None:
+        """The whole space was scanned: adapt the period as update_task_scan_period does on locality."""
+        if self.params["adapt_scan_period"]:
+            slot = self._period // 10
+            if self._faults_since_round == 0:
+                self._period = min(self._period_max, 2 * self._period)
+            else:
+                local = 10 * self._promoted_since_round // self._faults_since_round
+                step = max(1, local - 7) * slot if local >= 7 else -(7 - local) * slot
+                self._period = min(self._period_max, max(self._period_min, self._period + step))
+        self._faults_since_round = self._promoted_since_round = 0
+
+    def on_hint_faults(self, pages: Words) -> Words:
+        view = self.view
+        cost = np.full(pages.size, view.costs.hint_fault_ps, np.int64)
+        with view.meter.stage(TRACK):
+            view.counters[C.vmstat__numa_hint_faults] += pages.size
+            view.meter.charge(view.costs.hint_fault_ps * pages.size)
+            frames = view.frames(pages)
+            wanted = view.is_active(frames) if self.params["active_filter"] else np.ones(pages.size, np.bool_)
+            view.mark_accessed(frames[~wanted])
+        promoted = np.zeros(pages.size, np.bool_)
+        with view.meter.stage(MIGRATE):
+            candidates = pages[wanted]
+            view.counters[C.vmstat__pgpromote_candidate] += candidates.size
+            view.counters[C.vmstat__pgpromote_candidate_demoted] += int(view.was_demoted(frames[wanted]).sum())
+            before = view.now
+            moved = view.move(candidates, FAST, view.watermark(FAST, WMARK_HIGH), sync=True)
+            count = int(moved.sum())
+            promoted[np.flatnonzero(wanted)[moved]] = True
+            view.counters[C.vmstat__pgpromote_success] += count
+            view.counters[C.vmstat__numa_pages_migrated] += count
+            view.counters[C.vmstat__pgmigrate_fail_dst_node_full] += candidates.size - count
+            if count:
+                cost[promoted] += (view.now - before) // count
+        with view.meter.stage(TRACK):
+            view.unprotect(pages)
+        self._faults_since_round += pages.size
+        self._promoted_since_round += count
+        return cost
+
+    def on_pressure(self, budget_ps: int) -> None:
+        self._kswapd.run(budget_ps)
+
+
+_STAGES = {
+    "tracker": "NUMA hint faults",
+    "classifier": "active/inactive LRU",
+    "migrator": "in the fault; kswapd demotes",
+}
+_WARM_UP: Params = {"scan_delay_ms": 0, "scan_period_min_ms": 1, "scan_size_mb": 4, "active_filter": False}
+G_TPP = Policy(
+    name="g-tpp",
+    summary="TPP in the guest's kernel",
+    view="guest",
+    stages=_STAGES,
+    source="TPP, ASPLOS'23; patches on Linux 5.15",
+    create=Tpp,
+    params=PARAMS,
+    warm_up=_WARM_UP,
+)
+H_TPP = Policy(
+    name="h-tpp",
+    summary="the same TPP in the host's kernel, over the EPT",
+    view="host",
+    stages=_STAGES,
+    source="seed; TPP over KVM's MMU notifier",
+    create=Tpp,
+    params=PARAMS,
+    warm_up=_WARM_UP,
+)

@@ -1,0 +1,1 @@
+"""Workloads: what the vCPUs of a guest access. One file each, registered by name in `registry`."""
