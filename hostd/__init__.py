@@ -1,0 +1,1 @@
+"""The host: frames per tier, an EPT per VM, provisioning, host-side tiering, the hypercall server."""

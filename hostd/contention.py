@@ -1,0 +1,84 @@
+"""Memory contention of a host: loaded latency per tier, and a byte budget per VM and quantum.
+
+Utilisation is a damped fixed point: each barrier it moves towards the last quantum's demand over the tier's ceiling,
+with a time constant that does not depend on the quantum. The loaded latency follows the profile's measured curve. On
+top, each VM gets a budget of bytes, so that no tier serves more in a quantum than its ceiling (architecture 3.2); what
+the last quantum's demands leave is shared out equally. All integers, so that it is the same on any machine.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+
+from proto.arrays import Words
+from proto.costs import Costs, TierCosts
+from proto.units import PS_PER_MS, PS_PER_S
+
+DAMPING_PS = 20 * PS_PER_MS
+"""Time constant of the utilisation: queues of a memory controller settle at once, the damping is the emulator's."""
+_MICRO = 1_000_000
+FAST_READ, SLOW_READ, FAST_WRITE, SLOW_WRITE = 0, 1, 2, 3
+"""Order of bandwidth vectors: direction, then tier, as the engine keeps its budget."""
+
+
+def loaded_factor(tier: TierCosts, utilisation_ppm: int) -> int:
+    """Factor on the idle latency in thousandths, by linear interpolation of the tier's curve, clamped at its ends."""
+    points = tier.curve
+    load = utilisation_ppm // 1000
+    for (low, low_factor), (high, high_factor) in pairwise(points):
+        if load < high:
+            return low_factor + (high_factor - low_factor) * max(0, load - low) // (high - low)
+    return points[-1][1]
+
+
+class Contention:
+    """State of one host's tiers. ``utilisation_ppm``: int per tier, in millionths of its ceiling."""
+
+    def __init__(self, costs: Costs, vms: int) -> None:
+        self._tiers = (costs.fast, costs.slow)
+        self.utilisation_ppm = [0, 0]
+        self._demand = np.zeros((vms, 4), np.int64)
+        self.served = np.zeros(4, np.int64)
+        """int64[4]: bytes moved so far."""
+
+    def ceiling(self, quantum_ps: int) -> Words:
+        """Bytes that each tier and direction can move in a quantum (int64[4])."""
+        rates = [self._tiers[0].read_bandwidth, self._tiers[1].read_bandwidth,
+                 self._tiers[0].write_bandwidth, self._tiers[1].write_bandwidth]  # fmt: skip
+        return np.array([rate * quantum_ps // PS_PER_S for rate in rates], np.int64)
+
+    def settle(self, vm: int, demand: Words) -> None:
+        """What a VM moved in the quantum that ends (int64[4] bytes)."""
+        self._demand[vm] = demand
+        self.served += demand
+
+    def close_quantum(self, quantum_ps: int) -> None:
+        """Move the utilisation towards the quantum's demand; reads and writes of a tier add up."""
+        ceiling = self.ceiling(quantum_ps)
+        total = self._demand.sum(axis=0)
+        for tier in (0, 1):
+            load = sum(int(total[i]) * _MICRO // max(1, int(ceiling[i])) for i in (tier, tier + 2))
+            step = min(quantum_ps, DAMPING_PS)
+            self.utilisation_ppm[tier] += (min(load, 2 * _MICRO) - self.utilisation_ppm[tier]) * step // DAMPING_PS
+
+    def latencies(self) -> tuple[int, int, int, int]:
+        """Loaded latency in ps: fast random, fast local, slow random, slow local."""
+        values = []
+        for tier, load in zip(self._tiers, self.utilisation_ppm, strict=True):
+            factor = loaded_factor(tier, load)
+            values += [tier.latency_random_ps * factor // 1000, tier.latency_local_ps * factor // 1000]
+        return values[0], values[1], values[2], values[3]
+
+    def budgets(self, vms: list[int], quantum_ps: int) -> dict[int, tuple[int, int, int, int]]:
+        """Bytes for each running VM: its last demand, scaled to fit, and an equal share of what is left."""
+        ceiling = self.ceiling(quantum_ps)
+        demand = self._demand[vms]
+        total = demand.sum(axis=0)
+        result = {}
+        for row, vm in enumerate(vms):
+            budget = []
+            for i in range(4):
+                room, asked, own = int(ceiling[i]), int(total[i]), int(demand[row, i])
+                budget.append(own * room // asked if asked > room else own + (room - asked) // len(vms))
+            result[vm] = (budget[0], budget[1], budget[2], budget[3])
+        return result

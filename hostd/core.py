@@ -1,0 +1,233 @@
+"""The host as a state machine: a VM's message in, messages out; no socket, no clock of its own (architecture 2).
+
+It answers EPT faults at once, holds the barrier at the end of each quantum, and then, with all VMs parked, settles
+memory contention, lets host-side tiering work, and sends everyone the next quantum. What a message may not do is
+refused with a reason, and changes nothing.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from guestd.meter import STAGES
+from guestd.tiering.registry import policies
+from hostd.contention import Contention
+from hostd.errors import RefusedMessage
+from hostd.vm import Vm
+from proto.config import GuestConfig, HostConfig
+from proto.counters import COUNTERS, flush_totals, split
+from proto.layout import VmMemory
+from proto.messages import Advance, Bye, EptFault, Failed, Hello, Mapped, Stop, Tick, ToGuest, ToHost, Welcome
+from proto.units import PS_PER_S
+
+Out = list[tuple[int, ToGuest]]
+"""Messages to send, with the VM that each is for."""
+
+
+class HostCore:
+    """See the module. ``reports``: VM -> its part of summary.json; ``failures``: [{vm, kind, message}]."""
+
+    def __init__(self, config: HostConfig, guests: list[GuestConfig]) -> None:
+        self._config = config
+        self._guests = {guest.vm: guest for guest in guests}
+        self._vms: dict[int, Vm] = {}
+        self._joined: set[int] = set()
+        self._running: set[int] = set(self._guests)
+        self._leaving: set[int] = set()
+        """Done with their run, and yet to say bye."""
+        self._ticked: set[int] = set()
+        self._contention = Contention(config.costs, max(self._guests, default=0) + 1)
+        self._now_ps = 0
+        self._until_ps = 0
+        self._peak = [0, 0]
+        self._loads: list[tuple[int, int]] = []
+        self._stopping = False
+        self.reports: dict[int, dict[str, Any]] = {}
+        self.failures: list[dict[str, Any]] = []
+
+    @property
+    def done(self) -> bool:
+        """Every VM has said bye or is lost."""
+        return not self._running and not self._leaving
+
+    def attach(self, vm: int, memory: VmMemory) -> None:
+        """VM ``vm`` has its memory."""
+        config = self._guests[vm]
+        self._vms[vm] = Vm(config, policies()[config.policy], memory)
+
+    def receive(self, vm: int, message: ToHost) -> Out:
+        """Act on a message of VM ``vm``. Raises RefusedMessage, having changed nothing."""
+        match message:
+            case Hello():
+                return self._hello(vm)
+            case EptFault():
+                return [(vm, self._ept_fault(vm, message))]
+            case Tick():
+                return self._tick(vm, message)
+            case Bye():
+                return self._bye(vm, message)
+            case Failed():
+                return self.lost(vm, message.kind, message.message)
+
+    def lost(self, vm: int, kind: str, message: str) -> Out:
+        """VM ``vm`` died, hung or failed: it never holds up the barrier again."""
+        if vm not in self._running and vm not in self._leaving:
+            return []
+        self.failures.append({"vm": vm, "kind": kind, "message": message})
+        return self._leave(vm)
+
+    def stop(self, reason: str) -> Out:
+        """End the run: every VM is to report what it has."""
+        self._stopping = True
+        return [(vm, Stop(reason=reason)) for vm in sorted(self._running & self._joined)]
+
+    # -- messages -----------------------------------------------------------------------------------------------
+
+    def _hello(self, vm: int) -> Out:
+        self._joined.add(vm)
+        return [(vm, Welcome(config=self._guests[vm])), *self._barrier()]
+
+    def _ept_fault(self, vm: int, message: EptFault) -> Mapped:
+        if vm not in self._running or vm in self._ticked:
+            raise RefusedMessage("an EPT fault outside a quantum")
+        if len(message.gpfns) % 8 or len(message.write) != len(message.gpfns) // 8:
+            raise RefusedMessage("gpfns must be int64[n] and write uint8[n]")
+        cost = self._vms[vm].ept_fault(message.time_ps, np.frombuffer(message.gpfns, np.int64))
+        for tier, used in enumerate(self._used()):
+            self._peak[tier] = max(self._peak[tier], used)
+        return Mapped(cost_ps=cost.tobytes())
+
+    def _tick(self, vm: int, message: Tick) -> Out:
+        if vm not in self._running or vm in self._ticked or message.time_ps != self._until_ps:
+            raise RefusedMessage(f"a tick for {message.time_ps} ps; the barrier of this VM is at {self._until_ps} ps")
+        counters = np.frombuffer(message.counters, np.int64)
+        demand = np.frombuffer(message.bandwidth_demand, np.int64)
+        if counters.size != COUNTERS or demand.size != 4:
+            raise RefusedMessage(f"counters must be int64[{COUNTERS}] and bandwidth_demand int64[4]")
+        self._vms[vm].heard(counters)
+        self._contention.settle(vm, np.maximum(demand, 0))
+        if message.phase == "done":
+            self._running.discard(vm)
+            self._leaving.add(vm)
+        else:
+            self._ticked.add(vm)
+        return self._barrier()
+
+    def _bye(self, vm: int, message: Bye) -> Out:
+        import msgspec
+
+        if vm not in self._leaving and not self._stopping:
+            raise RefusedMessage("bye before the run was done")
+        try:
+            report = msgspec.json.decode(message.report, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise RefusedMessage(f"the report is no JSON object: {error}") from error
+        self.reports[vm] = self._with_host_part(vm, report)
+        return self._leave(vm)
+
+    def _leave(self, vm: int) -> Out:
+        self._running.discard(vm)
+        self._leaving.discard(vm)
+        self._ticked.discard(vm)
+        if vm in self._vms:
+            self._vms[vm].close()
+            self._contention.settle(vm, np.zeros(4, np.int64))
+        return self._barrier()
+
+    # -- the barrier --------------------------------------------------------------------------------------------
+
+    def _barrier(self) -> Out:
+        """When the last running VM has arrived: the next quantum for all."""
+        waiting = self._running - self._ticked if self._until_ps else self._running - self._joined
+        if self._stopping or waiting or not self._running:
+            return []
+        quantum = self._config.engine.quantum_ps
+        if self._until_ps:
+            self._contention.close_quantum(quantum)
+            self._loads.append((self._contention.utilisation_ppm[0], self._contention.utilisation_ppm[1]))
+        self._now_ps, self._until_ps = self._until_ps, self._until_ps + quantum
+        self._ticked.clear()
+        running = sorted(self._running)
+        latencies = self._contention.latencies()
+        budgets = self._contention.budgets(running, quantum)
+        return [
+            (vm, Advance(
+                until_ps=self._until_ps,
+                latency_ps=latencies,
+                bandwidth_budget=budgets[vm],
+                operations=self._vms[vm].prepare(self._now_ps, self._until_ps),
+            ))
+            for vm in running
+        ]  # fmt: skip
+
+    # -- accounts -----------------------------------------------------------------------------------------------
+
+    def _used(self) -> tuple[int, int]:
+        pairs = [vm.used() for vm in self._vms.values()]
+        return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+
+    def _with_host_part(self, vm: int, report: dict[str, Any]) -> dict[str, Any]:
+        """A host-side design's work on the VM: kernel counters of the host, CPU of its threads."""
+        state = self._vms[vm]
+        if not state.flat:
+            return report
+        mine = split(state.counters)
+        for name, value in mine["vmstat"].items():
+            report["vmstat"][name] += value
+        report["flushes"] = flush_totals(report["vmstat"], report["kvm"])
+        report["migration"] |= {
+            "promoted_pages": report["vmstat"]["pgpromote_success"],
+            "demoted_pages": report["vmstat"]["pgdemote_kswapd"] + report["vmstat"]["pgdemote_direct"],
+            "failed_pages": report["vmstat"]["pgmigrate_fail"],
+            "bytes": report["migration"]["bytes"] + mine["bytes"]["migrated"],
+        }
+        cpu = report["agent_cpu"]
+        measured, modelled = state.meter.measured_s(), state.meter.modelled_s()
+        cpu["where"] = "host"
+        cpu["guest_thread_s"] = cpu["measured_s"]["total"]
+        cpu["measured_s"] = {
+            **measured,
+            "other": state.cpu_ns / 1e9 - sum(measured.values()),
+            "total": state.cpu_ns / 1e9,
+        }
+        cpu["modelled_s"] = {**modelled, "total": sum(modelled.values())}
+        seconds = report["virtual_s"] + report["populate_virtual_s"]
+        cpu["measured_cores"] = sum(measured.values()) / seconds
+        cpu["modelled_cores"] = cpu["modelled_s"]["total"] / seconds
+        return report
+
+    def host_report(self, measured_cpu: dict[str, Any]) -> dict[str, Any]:
+        """The `host` object of summary.json but refusals and rates. ``measured_cpu``: the process's, by the server."""
+        modelled = {vm: sum(state.meter.modelled_s().values()) for vm, state in self._vms.items()}
+        stages = {
+            name: sum(float(state.meter.book[i]) for state in self._vms.values()) / 1e9 for i, name in enumerate(STAGES)
+        }
+        used = self._used()
+        loads = np.array(self._loads or [(0, 0)], np.int64)
+        loaded = self._contention.latencies()
+        tiers = []
+        for tier, costs in enumerate((self._config.costs.fast, self._config.costs.slow)):
+            tiers.append({
+                "name": costs.name,
+                "frames": sum((g.fast_pages, g.slow_pages)[tier] for g in self._guests.values()),
+                "used": used[tier],
+                "peak": self._peak[tier],
+                "read_bytes": int(self._contention.served[tier]),
+                "write_bytes": int(self._contention.served[tier + 2]),
+                "utilisation": int(loads[:, tier].sum()) // len(loads) / 1e6,
+                "loaded_latency_ns": loaded[2 * tier] / 1000,
+            })  # fmt: skip
+        return {
+            "cpu": {
+                "measured_s": measured_cpu["total_s"],
+                "modelled_s": sum(modelled.values()),
+                "tiering_s": stages,
+                "by_vm": [
+                    {"id": vm, "measured_s": measured_cpu["by_vm"].get(vm, 0.0), "tiering_s": state.cpu_ns / 1e9,
+                     "modelled_s": modelled[vm]}
+                    for vm, state in sorted(self._vms.items())
+                ],
+            },
+            "virtual_s": self._now_ps / PS_PER_S,
+            "tiers": tiers,
+        }  # fmt: skip

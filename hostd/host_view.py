@@ -1,0 +1,134 @@
+"""The host's view of a VM's memory: gPA pages to hPA frames through the EPT, with no gVA to invalidate by.
+
+Every change asks for a flush of the whole VM (kvm_flush_remote_tlbs): a young page found while ageing, each at once; a
+scanned range, whose leaf entries are all zapped; each migration (reference policies.md 1c and 9). The host works while
+the VM is parked, for the quantum to come: what it does is emitted as timestamped operations that the VM's hardware
+executes at their times (architecture 3.2). In an EPT fault the VM waits, so there it acts at once.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from guestd.events import EventLog
+from guestd.meter import Meter, metered
+from guestd.mm.nodes import F_BUSY, FAST, Nodes, give_free
+from guestd.tiering.view import PageView
+from proto.arrays import Ints, Words
+from proto.config import GuestConfig
+from proto.counters import C, Counters
+from proto.entry import DIRTY, FRAME_MASK, FRAME_SHIFT, PROTNONE, WRITABLE, YOUNG
+from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION, VmMemory
+from proto.units import PAGE_SHIFT
+
+PUD_PAGES = 1 << 18
+"""change_pmd_range notifies once per PUD-sized range: 1 GiB of 4 KiB pages (mm/mprotect.c)."""
+
+
+@metered
+def _count_slow(ept: Words, half: int, first: int, count: int) -> int:
+    """Backed slow pages of a range that are not under PROT_NONE yet."""
+    slow = 0
+    for page in range(first, first + count):
+        entry = ept[page]
+        if (entry & WRITABLE) != 0 and (entry & PROTNONE) == 0 and ((entry & FRAME_MASK) >> FRAME_SHIFT) >= half:
+            slow += 1
+    return slow
+
+
+@metered
+def _move_now(ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Ints, targets: Ints) -> None:
+    """Copy and remap pages that are not mapped (their VM waits in an EPT fault), and free the sources."""
+    for i in range(pages.size):
+        stamps[targets[i]] = stamps[frames[i]]
+        keep = ~(FRAME_MASK | DIRTY | YOUNG)
+        ept[pages[i]] = (ept[pages[i]] & keep) | (np.int64(targets[i]) << FRAME_SHIFT)
+        give_free(nodes, frames[i])
+
+
+class HostView(PageView):
+    """See the module. ``in_fault``: the VM waits for the answer to an EPT fault."""
+
+    def __init__(self, config: GuestConfig, memory: VmMemory, nodes: Nodes, meter: Meter, counters: Counters,
+                 schedule: Callable[[str, int], None], events: EventLog) -> None:  # fmt: skip
+        super().__init__(nodes, memory.ept, meter, config.costs, counters, config.vcpus, config.total_pages, schedule)
+        self._stamps = memory.stamps
+        self._operations: list[np.ndarray[tuple[int], np.dtype[np.void]]] = []
+        self._leaving: list[Ints] = []
+        self._events = events
+        self.in_fault = False
+        self.kicked_permille = 1000
+        """Share of the VM's vCPUs that a request kicked in the last quantum: how many the thread waits for."""
+
+    # -- operations for the coming quantum ----------------------------------------------------------------------
+
+    def _emit(self, kind: int, times: Words, a: Words, b: Words, flags: int = 0) -> None:
+        records = np.zeros(times.size, OPERATION)
+        records["time_ps"], records["kind"], records["flags"] = times, kind, flags
+        records["a"], records["b"] = a, b
+        self._operations.append(records)
+
+    def take_operations(self, until_ps: int) -> bytes:
+        """Operations due before ``until_ps``, in order of time; later ones stay."""
+        if not self._operations:
+            return b""
+        pending = np.concatenate(self._operations)
+        pending = pending[np.argsort(pending["time_ps"], kind="stable")]
+        due = int(np.searchsorted(pending["time_ps"], until_ps))
+        self._operations = [pending[due:]] if due < pending.size else []
+        return pending[:due].tobytes()
+
+    def settle(self) -> None:
+        """At a barrier: the moves that were executed leave their old frames free."""
+        if self._operations:
+            return
+        for frames in self._leaving:
+            for frame in frames:
+                give_free(self.nodes, int(frame))
+        self._leaving.clear()
+        self.nodes.flags[:] &= np.uint8(0xFF ^ F_BUSY)
+
+    def _request_ps(self) -> int:
+        """What one flush request costs the thread that asks and waits for the kicked vCPUs."""
+        return self.costs.kick_base_ps + self.costs.kick_target_ps * self.vcpus * self.kicked_permille // 1000
+
+    def _flush_young(self, young: int) -> None:
+        if young:
+            each = self._request_ps()
+            times = self.now + each * np.arange(young, dtype=np.int64)
+            nothing = np.zeros(young, np.int64)
+            self._emit(OP_FLUSH, times, nothing, nothing)
+            self.meter.charge(each * young)
+
+    def protect(self, first: int, count: int) -> int:
+        slow = int(_count_slow(self.meter.book, self._table, self._half, first, count))
+        self.counters[C.vmstat__numa_pte_updates] += slow
+        for start in range(first, first + count, PUD_PAGES):
+            length = min(PUD_PAGES, first + count - start)
+            one = np.array([self.now], np.int64)
+            self._emit(OP_ZAP, one, np.array([start], np.int64), np.array([length], np.int64), PROTNONE)
+            self.meter.charge(self.costs.protect_pte_ps * length + self._request_ps())
+        return slow
+
+    def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int) -> None:
+        if self.in_fault:
+            _move_now(self.meter.book, self._table, self._stamps, self.nodes, pages, frames, targets)
+            self.meter.charge(cost_ps * pages.size)
+        else:
+            each = cost_ps + self._request_ps()
+            times = self.now + each * np.arange(pages.size, dtype=np.int64)
+            self._emit(OP_MOVE, times, pages, targets.astype(np.int64))
+            self.nodes.flags[targets] |= F_BUSY
+            self._leaving.append(frames)
+            self.meter.charge(each * pages.size)
+        self._events.add(self.now, "promote" if node == FAST else "demote", pages << PAGE_SHIFT, 1 - node, node)
+
+    def _swap(self, slow_pages: Words, slow_frames: Ints, fast_pages: Words, fast_frames: Ints, batched: bool) -> None:
+        raise NotImplementedError("no host-side design of this version swaps")
+
+    def page_range(self, start: int, end: int) -> tuple[int, int]:
+        first = min(start >> PAGE_SHIFT, self.pages)
+        return first, min(end >> PAGE_SHIFT, self.pages) - first
+
+    def address_bounds(self) -> tuple[int, int]:
+        return 0, self.pages << PAGE_SHIFT
