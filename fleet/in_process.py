@@ -1,0 +1,82 @@
+"""A whole fleet in one process: the two sans-I/O cores wired to each other, without processes, sockets or threads.
+
+For warming up compiled code, for tests and for benchmarks of the engine. The messages are the real ones; the order in
+which VMs are served is fixed, which by the design of the barrier changes nothing.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from guestd.guest import Guest
+from guestd.guest_view import EptFaultCall
+from guestd.threads import Inline
+from hostd.core import HostCore
+from proto.config import GuestConfig, HostConfig
+from proto.layout import VmMemory, segment_bytes, view_segment
+from proto.messages import Advance, Bye, EptFault, Hello, Mapped, Stop, ToGuest, Welcome
+
+_NO_SECRET = bytes(32)
+
+
+def private_memory(config: GuestConfig) -> VmMemory:
+    """A VM's segment in plain private memory."""
+    words = np.zeros(segment_bytes(config.total_pages, config.vcpus) // 8, np.int64)
+    return view_segment(words.data.cast("B"), config.total_pages, config.vcpus)
+
+
+class InProcessFleet:
+    """Both cores and the messages under way between them. ``guests``: VM -> Guest while it runs."""
+
+    def __init__(self, host: HostConfig, guests: list[GuestConfig],
+                 make_guest: Callable[..., Guest] = Guest) -> None:  # fmt: skip
+        self.host = HostCore(host, guests)
+        self.guests: dict[int, Guest] = {}
+        self._inbox: deque[tuple[int, ToGuest]] = deque()
+        for config in guests:
+            memory = private_memory(config)
+            self.host.attach(config.vm, memory)
+            self.guests[config.vm] = make_guest(config, memory, self._hypercall(config.vm), Inline())
+        for config in guests:
+            self._inbox.extend(self.host.receive(config.vm, Hello(vm=config.vm, secret=_NO_SECRET, pid=0)))
+
+    def _hypercall(self, vm: int) -> EptFaultCall:
+        def ept_fault(
+            time_ps: int, gpfns: npt.NDArray[np.int64], write: npt.NDArray[np.uint8]
+        ) -> npt.NDArray[np.int64]:
+            message = EptFault(time_ps=time_ps, gpfns=gpfns.tobytes(), write=write.tobytes())
+            ((_, answer),) = self.host.receive(vm, message)
+            assert isinstance(answer, Mapped)
+            return np.frombuffer(answer.cost_ps, np.int64).copy()
+
+        return ept_fault
+
+    def step(self) -> bool:
+        """Deliver one message; whether there was one."""
+        if not self._inbox:
+            return False
+        vm, message = self._inbox.popleft()
+        guest = self.guests[vm]
+        match message:
+            case Welcome():
+                guest.start()
+            case Advance():
+                self._inbox.extend(self.host.receive(vm, guest.advance(message)))
+                if guest.finished:
+                    self._bye(vm)
+            case Stop():
+                self._bye(vm)
+        return True
+
+    def _bye(self, vm: int) -> None:
+        report = msgspec.json.encode(self.guests[vm].report())
+        self._inbox.extend(self.host.receive(vm, Bye(report=report)))
+
+    def run(self) -> HostCore:
+        """Run to the end; the host's core has the reports."""
+        while self.step():
+            pass
+        return self.host

@@ -1,0 +1,268 @@
+"""The form of ``summary.json`` (docs/output.md): which keys there are, what type each has, which must be there.
+
+Keys may be added by anybody, so unknown ones pass; a missing or mistyped one does not. A field with a default is one
+that may be absent, which means "not applicable": a guest that died left no figures, a policy without PEBS has none to
+tell. The order of the fields is the order of the keys in the file.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+SCHEMA = 1
+"""Raised when a key is renamed or removed, never when one is added."""
+
+Counts = dict[str, int]
+Outcome = Literal["ok", "failed", "interrupted"]
+
+
+class Error(Struct):
+    """One thing that went wrong; ``vm`` is absent where no single VM is concerned."""
+
+    kind: str
+    message: str
+    vm: int | UnsetType = UNSET
+
+
+class Run(Struct):
+    """Which run this was."""
+
+    name: str
+    spec_digest: str
+    seed: int
+    clock: str
+    scale: float
+    host_profile: str
+    started: str
+    argv: list[str]
+    version: str
+    commit: str | UnsetType = UNSET
+    dirty: bool | UnsetType = UNSET
+
+
+class Elapsed(Struct):
+    """Longest phases of any VM in virtual seconds, and the wall clock."""
+
+    virtual_s: float
+    populate_virtual_s: float
+    wall_s: float
+    realtime_factor: float
+    slip_s: float | UnsetType = UNSET
+
+
+class Memory(Struct):
+    """Sizes of a VM; the last two are those of its process on this machine."""
+
+    total_bytes: int
+    fast_bytes: int
+    slow_bytes: int
+    rss_bytes: int | UnsetType = UNSET
+    private_bytes: int | UnsetType = UNSET
+
+
+class Latency(Struct):
+    """Percentiles over all accesses, ns."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+class Access(Struct):
+    """Memory accesses of the run phase."""
+
+    total: int
+    fast: int
+    slow: int
+    fast_ratio: float
+    tlb_miss_ratio: float
+    walk_ns_mean: float
+    latency_ns: Latency | UnsetType = UNSET
+
+
+class Kvm(Struct):
+    """KVM's counters of one VM."""
+
+    tlb_flush: int
+    remote_tlb_flush: int
+    remote_tlb_flush_requests: int
+    exits: Counts | UnsetType = UNSET
+    guest_mode_ratio: float | UnsetType = UNSET
+
+
+class Flushes(Struct):
+    """The TLB-flush table of the published comparison."""
+
+    total: int
+    remote_requests: int
+    single: int
+
+
+class Pebs(Struct):
+    """Sampling."""
+
+    records: int
+    pmi: int
+    dropped: int
+    drains: int
+    period: int | UnsetType = UNSET
+    ept_violations: int | UnsetType = UNSET
+
+
+class Migration(Struct):
+    """Pages moved between tiers."""
+
+    promoted_pages: int
+    demoted_pages: int
+    swapped_pairs: int
+    failed_pages: int
+    bytes: int
+
+
+class Hotness(Struct):
+    """Placement against the workload's own ground truth."""
+
+    precision: float | UnsetType = UNSET
+    recall: float | UnsetType = UNSET
+    f1: float | UnsetType = UNSET
+    oracle_fast_ratio: float | UnsetType = UNSET
+
+
+class MeasuredStages(Struct):
+    """CPU-seconds that this machine spent, per stage."""
+
+    track: float
+    classify: float
+    migrate: float
+    other: float
+    total: float
+
+
+class ModelledStages(Struct):
+    """CPU-seconds that a kernel implementation would spend on the host of the profile, per stage."""
+
+    track: float
+    classify: float
+    migrate: float
+    total: float
+
+
+class AgentCpu(Struct):
+    """The three figures of CPU, never mixed."""
+
+    measured_s: MeasuredStages
+    modelled_s: ModelledStages
+    measured_cores: float
+    modelled_cores: float
+    stolen_s: float
+    floor_s: float | UnsetType = UNSET
+
+
+class ProcessCpu(Struct):
+    """The ledger of a guest's process."""
+
+    vcpu_s: float
+    agent_s: float
+    control_s: float
+    runtime_s: float
+    wait4_s: float | UnsetType = UNSET
+    residue_ratio: float | UnsetType = UNSET
+    meter_s: float | UnsetType = UNSET
+
+
+class Hypercalls(Struct):
+    """Messages from the guest to the host."""
+
+    count: Counts
+    rtt_us: dict[str, float] | UnsetType = UNSET
+
+
+class Integrity(Struct):
+    """Content stamps; a mismatch fails the run."""
+
+    pages_checked: int
+    accesses_checked: int
+    mismatches: int
+
+
+class Vm(Struct):
+    """One VM."""
+
+    id: int
+    policy: str
+    workload: str
+    vcpus: int
+    memory: Memory
+    outcome: Outcome
+    transactions: int | UnsetType = UNSET
+    virtual_s: float | UnsetType = UNSET
+    populate_virtual_s: float | UnsetType = UNSET
+    throughput_mops: float | UnsetType = UNSET
+    access: Access | UnsetType = UNSET
+    vmstat: Counts | UnsetType = UNSET
+    kvm: Kvm | UnsetType = UNSET
+    instructions: Counts | UnsetType = UNSET
+    flushes: Flushes | UnsetType = UNSET
+    pebs: Pebs | UnsetType = UNSET
+    migration: Migration | UnsetType = UNSET
+    hotness: Hotness | UnsetType = UNSET
+    agent_cpu: AgentCpu | UnsetType = UNSET
+    process_cpu: ProcessCpu | UnsetType = UNSET
+    hypercalls: Hypercalls | UnsetType = UNSET
+    balloon: dict[str, Any] | UnsetType = UNSET
+    integrity: Integrity | UnsetType = UNSET
+
+
+class Tier(Struct):
+    """One tier of the host."""
+
+    name: str
+    frames: int
+    used: int
+    peak: int
+    read_bytes: int
+    write_bytes: int
+    utilisation: float
+    loaded_latency_ns: float
+
+
+class HostCpu(Struct):
+    """CPU of the host daemon, in total and for each VM."""
+
+    measured_s: float
+    modelled_s: float
+    by_vm: list[Any]
+
+
+class Host(Struct):
+    """The host."""
+
+    cpu: HostCpu
+    tiers: list[Tier]
+    refused: Counts
+    hypercalls_per_s: float | UnsetType = UNSET
+
+
+class Summary(Struct):
+    """The whole of ``summary.json``."""
+
+    schema: int
+    run: Run
+    outcome: Outcome
+    errors: list[Error]
+    digest: str
+    elapsed: Elapsed
+    vms: list[Vm]
+    host: Host | UnsetType = UNSET
+
+
+def check(summary: dict[str, Any]) -> Summary:
+    """The summary as typed structs. Raises `msgspec.ValidationError` that names the key that is missing or wrong."""
+    return msgspec.convert(summary, Summary)
+
+
+def ordered(record: dict[str, Any], form: type[Struct]) -> dict[str, Any]:
+    """``record`` with the keys of ``form`` first and in its order, then the others as they came."""
+    known = {name: record[name] for name in form.__struct_fields__ if name in record}
+    return known | {name: value for name, value in record.items() if name not in known}

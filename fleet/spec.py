@@ -1,0 +1,395 @@
+"""The experiment spec: a TOML file and command-line flags, resolved into a complete `Experiment` or refused.
+
+Keys of the file are those of ``fleet run``; ``[[group]]`` tables give tenants of their own, whose keys override those
+of the top level, as flags override both. ``set`` (a table in the file, ``--set`` on the command line) reaches the
+parameters of policy, workload, host profile, guest kernel and engine by ``space.key``. Everything is checked here, at
+the edge, so that nothing is started on a bad value.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from fleet import hosts
+from fleet.errors import ProfileError, SpecError
+from fleet.experiment import Experiment, Tenant, scaled_pages, scaled_transactions
+from fleet.names import unknown
+from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, engine_config, guest_kernel
+from fleet.spec_trace import check_trace
+from fleet.spec_values import Given, exact_size, fraction, integer, is_file, parameter, size, text, time_ps
+from guestd.params import Param
+from proto.config import Scalar
+from proto.costs import Costs
+from proto.entry import MAX_PAGES, MAX_VMS
+from proto.units import PAGE_SIZE, PS_PER_MS, PS_PER_S, TABLE_PAGES
+
+MIN_MEMORY = 16 << 20
+MAX_MEMORY = MAX_PAGES * PAGE_SIZE
+MEMORY_STEP = TABLE_PAGES * PAGE_SIZE
+"""A VM's memory is a whole number of leaf page tables."""
+MAX_VCPUS = 256
+MAX_SEED = (1 << 63) - 1
+MAX_TIME_PS = 10**6 * PS_PER_S
+"""Virtual time is an int64 of picoseconds, 106 days; runs stay well below."""
+
+DEFAULTS: dict[str, object] = {
+    "name": "", "seed": 1, "clock": "virtual", "host": hosts.DEFAULT_PROFILE, "scale": 1, "sample": "100ms",
+    "hang_timeout": "60s", "vms": 1, "policy": "none", "workload": "gups", "vcpus": 1, "memory": "512MiB",
+    "fast_ratio": 0.2, "seconds": 10, "start": 0,
+}  # fmt: skip
+RUN_KEYS = ("name", "seed", "clock", "host", "scale", "sample", "hang_timeout")
+GROUP_KEYS = ("vms", "policy", "workload", "vcpus", "memory", "fast_ratio", "seconds", "transactions", "start")
+_UNTIL = ("seconds", "transactions")
+_GROUP_SPACES = ("policy", "workload", "guest")
+_RUN_SPACES = ("engine", "host")
+_SPACES = (*_GROUP_SPACES, *_RUN_SPACES)
+
+
+class Kind(Protocol):
+    """What the spec needs to know of a policy or a workload."""
+
+    @property
+    def params(self) -> tuple[Param, ...]: ...
+    @property
+    def min_memory_bytes(self) -> int: ...
+
+
+K = TypeVar("K", bound=Kind)
+Layer = dict[str, Given]
+"""Values of one origin by key; settings under their full name, such as ``policy.scan_period``."""
+
+
+class Registries(NamedTuple):
+    """Policies and workloads by name."""
+
+    policies: Mapping[str, Kind]
+    workloads: Mapping[str, Kind]
+
+
+def installed() -> Registries:
+    """Those of this installation, third parties' included."""
+    from guestd.tiering.registry import policies
+    from guestd.workloads.registry import workloads
+
+    return Registries(policies(), workloads())
+
+
+def load(
+    path: Path | None = None,
+    flags: Mapping[str, object] | None = None,
+    settings: Sequence[str] = (),
+    registries: Registries | None = None,
+) -> Experiment:
+    """The experiment of a spec file (None: defaults) under flags (by key; None = not given) and ``key=value`` settings.
+
+    Raises SpecError or ProfileError.
+    """
+    top, groups, costs = _read(path) if path else ({}, [{}], None)
+    flag_layer = _flags(flags or {}) | _settings(settings)
+    return _Resolver(top, groups, costs, flag_layer, registries or installed()).experiment()
+
+
+class _Resolver:
+    """One pass over the layers of one experiment."""
+
+    def __init__(
+        self, top: Layer, groups: list[Layer], costs: Given | None, flags: Layer, registries: Registries
+    ) -> None:
+        self.top, self.groups, self.costs, self.flags = top, groups, costs, flags
+        self.registries = registries
+        # What the file sets for all groups may belong to a policy (or workload) that a flag has displaced.
+        shared = {key: given for key, given in top.items() if _space(key) not in flags}
+        self.unused = {key: given for key, given in (shared | flags).items() if _space(key)}
+        self.offered: dict[str, set[str]] = {space: set() for space in _SPACES}
+
+    def experiment(self) -> Experiment:
+        layer = _overlay(self.top, self.flags)
+        run = _defaults() | layer
+        _check_clock(run["clock"])
+        scale = _scale(run["scale"])
+        costs, host_overrides = self._host(run["host"], layer)
+        engine = engine_config(self._parameters("engine", "the engine", ENGINE_PARAMS, layer, layer))
+        tenants = tuple(self._tenant(group, scale) for group in self.groups)
+        for key, given in self.unused.items():
+            space, name = key.split(".", 1)
+            raise given.refuse(unknown(f"{space} parameter", name, self.offered[space]))
+        if (vms := sum(tenant.vms for tenant in tenants)) > MAX_VMS:
+            raise SpecError(f"vms: {vms} VMs in all; a host has at most {MAX_VMS}")
+        sample = _bounded_time(run["sample"], PS_PER_MS, MAX_TIME_PS)
+        if sample < engine.quantum_ps:
+            raise run["sample"].refuse(
+                f"{run['sample'].raw} is shorter than engine.quantum ({engine.quantum_ps // PS_PER_MS}ms); "
+                "nothing is sampled between two barriers"
+            )
+        return Experiment(
+            name=_name(run["name"]),
+            seed=integer(run["seed"], 0, MAX_SEED),
+            clock="virtual",
+            host=_host_name(run["host"]),
+            host_overrides=host_overrides,
+            costs=costs,
+            scale=scale,
+            engine=engine,
+            sample_ps=sample,
+            hang_timeout_s=_bounded_time(run["hang_timeout"], PS_PER_S, MAX_TIME_PS) / PS_PER_S,
+            tenants=tenants,
+        )
+
+    def _host(self, given: Given, layer: Layer) -> tuple[Costs, dict[str, str]]:
+        profile = None
+        if self.costs is not None and "host" not in self.flags:
+            costs = _costs(self.costs)
+        else:
+            profile = hosts.load_profile(text(given), given.base)
+            costs = hosts.costs(profile)
+        overrides = {}
+        for key in [key for key in layer if _space(key) == "host"]:
+            name, value = key.removeprefix("host."), str(layer[key].raw)
+            try:
+                costs = hosts.override(costs, name, value, profile)
+            except ProfileError as error:
+                raise SpecError(f"{layer[key].where}: {error}" if layer[key].where != "--set" else str(error)) from None
+            overrides[name] = hosts.exact(costs, name)
+            self.unused.pop(key, None)
+        return costs, overrides
+
+    def _tenant(self, group: Layer, scale: Fraction) -> Tenant:
+        for space in ("policy", "workload"):
+            displaced = _overlay(_defaults(), self.top, group)[space].raw
+            if space in self.flags and self.flags[space].raw != displaced:
+                group = {key: given for key, given in group.items() if _space(key) != space}
+        layer = _overlay(self.top, group, self.flags)
+        values = _overlay(_defaults(), layer)
+        policy_name, policy = _choose("policy", values["policy"], self.registries.policies)
+        workload_name, workload = _choose("workload", values["workload"], self.registries.workloads)
+        memory = _memory(
+            values["memory"], scale, {f"policy {policy_name}": policy, f"workload {workload_name}": workload}
+        )
+        ratio = fraction(values["fast_ratio"])
+        if not 0 <= ratio <= 1:
+            raise values["fast_ratio"].refuse(f"must be between 0 and 1, not {values['fast_ratio'].raw}")
+        run_ps, transactions = _until(values)
+        if transactions and scaled_transactions(transactions, scale) >= 1 << 62:
+            raise values["transactions"].refuse("is too large")
+        kernel = self._parameters("guest", "the guest kernel", GUEST_PARAMS, group, layer)
+        workload_params = self._parameters("workload", f"workload {workload_name!r}", workload.params, group, layer)
+        files = tuple(param.name for param in workload.params if is_file(param))
+        for name in files:
+            if not workload_params[name]:
+                raise SpecError(f"workload {workload_name!r} needs a file: --set workload.{name}=FILE")
+        if workload_name == "trace":
+            check_trace(str(workload_params["file"]), scaled_pages(memory, scale), MEMORY_STEP)
+        return Tenant(
+            vms=integer(values["vms"], 1, MAX_VMS),
+            policy=policy_name,
+            policy_params=self._parameters("policy", f"policy {policy_name!r}", policy.params, group, layer),
+            workload=workload_name,
+            workload_params=workload_params,
+            vcpus=integer(values["vcpus"], 1, MAX_VCPUS),
+            memory_bytes=memory,
+            fast_ratio=ratio,
+            start_ps=_bounded_time(values["start"], 0, MAX_TIME_PS),
+            run_ps=run_ps,
+            transactions=transactions,
+            kernel=guest_kernel(kernel),
+            files=files,
+        )
+
+    def _parameters(
+        self, space: str, owner: str, params: tuple[Param, ...], own: Layer, layer: Layer
+    ) -> dict[str, Scalar]:
+        """Every parameter's value. One set for all groups must fit at least one of them; a group's own must fit it."""
+        self.offered[space] |= {param.name for param in params}
+        given = {key.split(".", 1)[1]: value for key, value in layer.items() if _space(key) == space}
+        names = {param.name for param in params}
+        for name, value in given.items():
+            if name not in names and f"{space}.{name}" in own:
+                raise value.refuse(unknown(f"parameter of {owner}:", name, names))
+            if name in names:
+                self.unused.pop(f"{space}.{name}", None)
+        return {
+            param.name: parameter(param, given[param.name]) if param.name in given else param.default
+            for param in params
+        }
+
+
+def _read(path: Path) -> tuple[Layer, list[Layer], Given | None]:
+    """Top level, groups and resolved costs of a spec file."""
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        near = [entry.name for entry in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise SpecError(f"{path}: " + unknown("spec file", path.name, near)) from None
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SpecError(f"{path}: not a text file in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{path}: not valid TOML: {error}") from None
+    costs = data.pop("costs", None)
+    tables = data.pop("group", [{}])
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise SpecError(f"{path.name}: group: write each group of VMs as a [[group]] table")
+    top = _layer(data, f"{path.name}: ", path.parent, (*RUN_KEYS, *GROUP_KEYS), _SPACES)
+    groups = []
+    for number, table in enumerate(tables, 1):
+        where = f"{path.name}: group {number}: "
+        for key in table:
+            if key in RUN_KEYS:
+                raise SpecError(f"{where}{key}: belongs to the whole run; put it above the first [[group]]")
+        groups.append(_layer(table, where, path.parent, GROUP_KEYS, _GROUP_SPACES))
+    return top, groups, None if costs is None else Given(costs, f"{path.name}: costs", path.parent)
+
+
+def _layer(table: dict[str, Any], where: str, base: Path, keys: Sequence[str], spaces: Sequence[str]) -> Layer:
+    layer: Layer = {}
+    for key, value in table.items():
+        if key == "set":
+            if not isinstance(value, dict):
+                raise SpecError(f"{where}set: must be a table, e.g. set.workload.layout = ...")
+            for name, raw in _flatten(value):
+                layer[_setting(name, where + "set: ", spaces)] = Given(raw, f"{where}set.{name}", base)
+        elif key not in keys:
+            raise SpecError(where + unknown("key", key, (*keys, "set", "group")))
+        else:
+            layer[key] = Given(value, where + key, base)
+    return _one_end(layer)
+
+
+def _flatten(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """``{"policy": {"a": 1}}`` and ``{"policy.a": 1}`` alike."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _flags(flags: Mapping[str, object]) -> Layer:
+    given = {key: value for key, value in flags.items() if value is not None}
+    return _one_end({key: Given(value, "--" + key.replace("_", "-"), Path()) for key, value in given.items()})
+
+
+def _settings(settings: Sequence[str]) -> Layer:
+    layer: Layer = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise SpecError(f"--set {setting}: write key=value, e.g. --set workload.layout=scattered")
+        layer[_setting(key.strip(), "--set ", _SPACES)] = Given(value.strip(), f"--set {key.strip()}", Path())
+    return layer
+
+
+def _setting(name: str, where: str, spaces: Sequence[str]) -> str:
+    space, dot, key = name.partition(".")
+    if space not in spaces:
+        if space in _SPACES:
+            raise SpecError(f"{where}{name}: belongs to the whole run; put it above the first [[group]]")
+        raise SpecError(where + unknown("set of parameters", space, spaces) + f" (write {spaces[0]}.KEY)")
+    if not dot or not key:
+        raise SpecError(f"{where}{name}: name a parameter, {space}.KEY")
+    return name
+
+
+def _one_end(layer: Layer) -> Layer:
+    if all(key in layer for key in _UNTIL):
+        raise layer["transactions"].refuse("a run ends after seconds or after transactions; give one of them")
+    return layer
+
+
+def _overlay(*layers: Layer) -> Layer:
+    """Later layers over earlier ones; seconds and transactions displace each other."""
+    merged: Layer = {}
+    for layer in layers:
+        if any(key in layer for key in _UNTIL):
+            for key in _UNTIL:
+                merged.pop(key, None)
+        merged |= layer
+    return merged
+
+
+def _space(key: str) -> str:
+    """``policy`` of ``policy.scan_period``; empty for a plain key."""
+    return key.partition(".")[0] if "." in key else ""
+
+
+def _defaults() -> Layer:
+    return {key: Given(value, f"default of {key}", Path()) for key, value in DEFAULTS.items()}
+
+
+def _choose(what: str, given: Given, registry: Mapping[str, K]) -> tuple[str, K]:
+    name = text(given)
+    if name not in registry:
+        raise given.refuse(unknown(what, name, registry))
+    return name, registry[name]
+
+
+def _check_clock(given: Given) -> None:
+    if given.raw == "realtime":
+        raise given.refuse("'realtime' is not yet there; use 'virtual'")
+    if given.raw != "virtual":
+        raise given.refuse(unknown("clock", str(given.raw), ("virtual", "realtime")))
+
+
+def _scale(given: Given) -> Fraction:
+    scale = fraction(given)
+    if not 0 < scale <= 1:
+        raise given.refuse(f"must be above 0 and at most 1, e.g. 1/16, not {given.raw}")
+    return scale
+
+
+def _memory(given: Given, scale: Fraction, kinds: Mapping[str, Kind]) -> int:
+    declared = size(given)
+    scaled = declared * scale
+    after = f" after scale {scale}" if scale != 1 else ""
+    shown = f"{given.raw}{after}"
+    if scaled.denominator != 1 or int(scaled) % MEMORY_STEP:
+        below = int(scaled) // MEMORY_STEP * MEMORY_STEP or MIN_MEMORY
+        raise given.refuse(f"{shown} is not a multiple of 2MiB; {exact_size(round(below / scale))} would be")
+    if not MIN_MEMORY <= scaled <= MAX_MEMORY:
+        raise given.refuse(f"{shown} must be between {exact_size(MIN_MEMORY)} and {exact_size(MAX_MEMORY)}")
+    for name, kind in kinds.items():
+        if scaled < kind.min_memory_bytes:
+            raise given.refuse(f"{shown} is too small; {name} needs at least {exact_size(kind.min_memory_bytes)}")
+    return declared
+
+
+def _until(values: Layer) -> tuple[int, int]:
+    """Virtual run time in ps and transactions, one of them 0."""
+    if "transactions" in values:
+        return 0, integer(values["transactions"], 1, 1 << 62)
+    return _bounded_time(values["seconds"], PS_PER_MS, MAX_TIME_PS), 0
+
+
+def _bounded_time(given: Given, low: int, high: int) -> int:
+    ps = time_ps(given)
+    if not low <= ps <= high:
+        raise given.refuse(f"must be between {low / PS_PER_S:g}s and {high // PS_PER_S}s, not {given.raw}")
+    return ps
+
+
+def _name(given: Given) -> str:
+    """A run's name is a directory's name too."""
+    if given.raw == "":
+        return ""
+    name = text(given)
+    if "/" in name or name in (".", ".."):
+        raise given.refuse(f"{name!r} must be usable as the name of a directory, without '/'")
+    return name
+
+
+def _host_name(given: Given) -> str:
+    name = text(given)
+    return Path(name).name.removesuffix(".toml")
+
+
+def _costs(given: Given) -> Costs:
+    """The complete, resolved costs of a spec that a run wrote."""
+    try:
+        return hosts.checked(msgspec.convert(given.raw, Costs, strict=True), given.where)
+    except msgspec.ValidationError as error:
+        raise given.refuse(f"{error}; take the table out to use the host profile") from None

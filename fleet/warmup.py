@@ -1,0 +1,90 @@
+"""Compile (or load from the cache) every kernel that a run will use, before any process is forked.
+
+It runs small fleets in this process, one per policy with parameters that make each of its mechanisms act within
+milliseconds of virtual time (`Policy.warm_up`), and one per workload.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fleet.in_process import InProcessFleet
+from guestd.meter import meter_cost_ns
+from guestd.tiering.registry import policies as all_policies
+from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, Scalar
+from proto.costs import Costs
+from proto.trace import STORE, Trace, TraceMeta, write_trace
+from proto.units import PAGE_SIZE, PS_PER_MS
+
+Progress = Callable[[int, int, str], None]
+"""``progress(done, total, label)``"""
+
+_PAGES = 4096
+_FAST_PAGES = 1024
+
+
+def warm_up(policies: list[str], workloads: list[str], costs: Costs, progress: Progress) -> None:
+    """Run one small fleet per policy and workload. ``costs``: any valid ones."""
+    jobs: list[tuple[str, str, str, dict[str, Scalar]]] = [("engine", "none", "gups", {})]
+    jobs += [(policy, policy, "gups", {}) for policy in policies if policy != "none"]
+    jobs += [(workload, "none", workload, {}) for workload in workloads if workload not in ("gups", "trace")]
+    jobs += [("gups zipf", "none", "gups", {"distribution": "zipf"})] if "gups" in workloads else []
+    with tempfile.TemporaryDirectory(prefix="fleet-warm-") as folder:
+        if "trace" in workloads:
+            jobs.append(("trace", "none", "trace", {"file": str(_tiny_trace(Path(folder) / "warm.trace"))}))
+        for done, (label, policy, workload, params) in enumerate(jobs):
+            progress(done, len(jobs), label)
+            _run(policy, workload, params, costs)
+    meter_cost_ns(1)
+    progress(len(jobs), len(jobs), "")
+
+
+def _run(policy: str, workload: str, params: dict[str, Scalar], costs: Costs) -> None:
+    engine = EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=1024)
+    guest = GuestConfig(
+        vm=0,
+        name="warm-up",
+        seed=1,
+        vcpus=2,
+        total_pages=_PAGES,
+        fast_pages=_FAST_PAGES,
+        slow_pages=_PAGES - _FAST_PAGES,
+        policy=policy,
+        policy_params=dict(all_policies()[policy].warm_up),
+        workload=workload,
+        workload_params=params,
+        run_ps=60 * PS_PER_MS,
+        transactions=0,
+        start_ps=0,
+        sample_ps=PS_PER_MS,
+        engine=engine,
+        kernel=GuestKernel(
+            hz=1000,
+            sched_slice_ps=PS_PER_MS,
+            single_page_flush_ceiling=33,
+            ds_pages=1,
+            ds_prefault=True,
+            batched_unmap_flush=False,
+        ),
+        costs=costs,
+        log_path="",
+        events_path="",
+    )
+    InProcessFleet(HostConfig(costs=costs, engine=engine, sample_ps=PS_PER_MS), [guest]).run()
+
+
+def _tiny_trace(path: Path) -> Path:
+    pages = np.arange(64, dtype=np.uint64)
+    write_trace(
+        path,
+        Trace(
+            address=(pages + 256) * PAGE_SIZE,
+            kind=np.full(64, STORE, np.uint8),
+            size=np.full(64, 8, np.uint16),
+            compute=np.zeros(64, np.uint32),
+            meta=TraceMeta(source="warm-up"),
+        ),
+    )
+    return path
