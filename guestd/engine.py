@@ -66,7 +66,8 @@ LOAD, STORE, MODIFY = 0, 1, 2
 """Kinds of access; MODIFY is a read-modify-write: a read and a later write-back."""
 
 REACHED, NEED_ACCESSES, FAULT, PMI, COMPLETED = 0, 1, 2, 3, 4
-"""Why the engine returned: time reached; vCPU has no accesses left; its next access faults; PMI; transactions done."""
+"""Why the engine returned: time reached; vCPU has no accesses left; its next access faults; its PMU wants service (PMI
+or an EPT violation of a record); transactions done."""
 
 S_NOW = 0
 S_TURN = 1
@@ -275,7 +276,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
                         if field[LOAD_COUNT] >= load_period:
                             field[LOAD_COUNT] = 0
                             gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
-                            pmi = write_record(m.ds, field, vcpu, EVENT_LOAD, clock, gva, slow, latency, counters)
+                            pmi = write_record(m.ds, ept, field, vcpu, EVENT_LOAD, clock, gva, slow, latency, counters)
                             clock += params[P_RECORD_PS]
                             counters[C.time__stolen_ps] += params[P_RECORD_PS]
                             if pmi:
@@ -286,7 +287,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             if field[STORE_COUNT] >= store_period:
                 field[STORE_COUNT] = 0
                 gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
-                pmi = write_record(m.ds, field, vcpu, EVENT_STORE, clock, gva, slow, latency, counters)
+                pmi = write_record(m.ds, ept, field, vcpu, EVENT_STORE, clock, gva, slow, latency, counters)
                 clock += params[P_RECORD_PS]
                 counters[C.time__stolen_ps] += params[P_RECORD_PS]
                 if pmi:

@@ -17,9 +17,3 @@ class UnexpectedMessage(GuestError):
     """The host sent something that this state does not expect, or out of sequence; restart the run."""
 
     kind = "protocol"
-
-
-class Stopped(GuestError):
-    """The host ended the run while the guest waited for an answer; unwinds to the process loop, which says bye."""
-
-    kind = "stopped"

@@ -56,10 +56,11 @@ def _backed(ept: Words, gpfn: int) -> bool:
 
 
 @kernel
-def collect(vcpus: Vcpus, vcpu: int, block: int, gpt: Words, ept: Words, nodes: Nodes, table_gpfn: Words,
-            table_slow: Words, prefer: Bytes, default_node: int, fault_ps: int, hint_page: Words, hint_position: Words,
-            gpfns: Words, gpfn_position: Words, gpfn_old: Bytes, fresh: Words, fresh_gpfn: Words, counts: Words,
-            counters: Counters) -> None:  # fmt: skip
+def collect(
+    vcpus: Vcpus, vcpu: int, block: int, gpt: Words, ept: Words, nodes: Nodes, table_gpfn: Words, prefer: Bytes,
+    default_node: int, fault_ps: int, hint_page: Words, hint_position: Words, gpfns: Words, gpfn_position: Words,
+    gpfn_old: Bytes, fresh: Words, fresh_gpfn: Words, counts: Words, counters: Counters,
+) -> None:  # fmt: skip
     """Look through up to ``block`` accesses of ``vcpu`` from its position on and gather their faults.
 
     ``prefer``: uint8[pages] preferred node per page, or empty for ``default_node``.
@@ -68,7 +69,6 @@ def collect(vcpus: Vcpus, vcpu: int, block: int, gpt: Words, ept: Words, nodes: 
     end = min(vcpus.field[vcpu, LENGTH], start + block)
     hints = found = new = 0
     counts[3] = 0
-    half = nodes.page.size // 2
     for position in range(start, end):
         page = vcpus.address[vcpu, position] >> PAGE_SHIFT
         entry = gpt[page]
@@ -86,7 +86,6 @@ def collect(vcpus: Vcpus, vcpu: int, block: int, gpt: Words, ept: Words, nodes: 
                     counts[3] = OUT_OF_MEMORY
                     break
                 table_gpfn[table] = frame
-                table_slow[table] = 1 if frame >= half else 0
                 fresh[new], fresh_gpfn[new] = STAMP_TABLE_BASE + table, frame
                 new += 1
                 if not _backed(ept, frame):
@@ -151,8 +150,11 @@ def charge(amount: Words, positions: Words, cost_ps: Words) -> int:
 
 
 @kernel
-def verify(gpt: Words, ept: Words, stamps: Words, owner: int, table_gpfn: Words) -> tuple[int, int]:
-    """Check the stamp of every mapped page and every page-table page; returns (checked, mismatches)."""
+def verify(gpt: Words, ept: Words, stamps: Words, owner: int, kernel_gpfn: Words) -> tuple[int, int]:
+    """Check the stamp of every mapped page and every kernel page; returns (mapped pages checked, mismatches).
+
+    ``kernel_gpfn``: int64[k], frames of page-table pages, then of DS pages; NO_FRAME where there is none.
+    """
     checked = bad = 0
     for page in range(gpt.size):
         entry = gpt[page]
@@ -161,9 +163,19 @@ def verify(gpt: Words, ept: Words, stamps: Words, owner: int, table_gpfn: Words)
             frame = (ept[(entry & FRAME_MASK) >> FRAME_SHIFT] & FRAME_MASK) >> FRAME_SHIFT
             if stamps[frame] != (owner | (page << STAMP_PAGE_SHIFT) | (entry >> ENTRY_VERSION_SHIFT)):
                 bad += 1
+    for i in range(kernel_gpfn.size):
+        if kernel_gpfn[i] != NO_FRAME:
+            entry = ept[kernel_gpfn[i]]
+            stamp = stamps[(entry & FRAME_MASK) >> FRAME_SHIFT]
+            if entry != 0 and stamp != (owner | ((STAMP_TABLE_BASE + i) << STAMP_PAGE_SHIFT)):
+                bad += 1
+    return checked, bad
+
+
+@kernel
+def locate_tables(ept: Words, table_gpfn: Words, slow_frames: int, out: Words) -> None:
+    """Which page-table pages lie in the slow tier now (``out``: int64[tables], 1 = slow), as the EPT has them."""
     for table in range(table_gpfn.size):
         if table_gpfn[table] != NO_FRAME:
             frame = (ept[table_gpfn[table]] & FRAME_MASK) >> FRAME_SHIFT
-            if stamps[frame] != (owner | ((STAMP_TABLE_BASE + table) << STAMP_PAGE_SHIFT)):
-                bad += 1
-    return checked, bad
+            out[table] = 1 if frame >= slow_frames else 0

@@ -18,24 +18,36 @@ from guestd import engine
 from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI, Machine
 from guestd.errors import GuestError
 from guestd.events import EventLog
-from guestd.fault import NO_FRAME, OUT_OF_MEMORY, Batch, charge, clear_fresh, collect, verify
+from guestd.fault import NO_FRAME, OUT_OF_MEMORY, Batch, charge, clear_fresh, collect, locate_tables, verify
 from guestd.guest_view import EptFaultCall, GuestView
 from guestd.hotness import placement_by_heat
 from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter, metered
-from guestd.mm.nodes import FAST, SLOW, WMARK_LOW, new_nodes
+from guestd.mm.nodes import FAST, NO_PAGE, SLOW, WMARK_LOW, allocate, new_nodes
 from guestd.params import resolve
-from guestd.pebs import drain, new_ds_area
+from guestd.pebs import P_INTERRUPT, drain, new_ds_area
 from guestd.report import Snapshot, build_report
 from guestd.threads import Threads
 from guestd.tiering.policy import Tiering
 from guestd.tiering.registry import policies
-from guestd.vcpu import CLOCK, DS_INDEX, EXIT_END, EXIT_START, FLUSH_AT_ENTRY, IDLE, LENGTH, POSITION, new_vcpus
+from guestd.vcpu import (
+    CLOCK,
+    DS_FAULT,
+    DS_INDEX,
+    EXIT_END,
+    EXIT_START,
+    FLUSH_AT_ENTRY,
+    IDLE,
+    LENGTH,
+    POSITION,
+    new_vcpus,
+)
 from guestd.walk import PRICE_EPT_LEAF, PRICE_GUEST_LEAF_FAST, PRICE_GUEST_LEAF_SLOW, PRICE_UPPER
 from guestd.workloads.base import Buffer
 from guestd.workloads.registry import workloads
+from proto.arrays import Words
 from proto.config import GuestConfig
 from proto.counters import C, new_counters
-from proto.entry import owner_stamp
+from proto.entry import STAMP_TABLE_BASE, owner_stamp
 from proto.layout import OPERATION, VmMemory
 from proto.messages import Advance, Tick
 from proto.units import LINE_SIZE, PS_PER_S
@@ -159,6 +171,7 @@ class Guest:
         state[engine.S_NOW] = config.start_ps
         field[:, CLOCK] = config.start_ps
         self.meter.now = config.start_ps
+        self._allocate_ds()
         period = config.kernel.sched_slice_ps
         for vcpu in range(config.vcpus):
             self._at(config.start_ps + period * (vcpu + 1) // config.vcpus, partial(self._context_switch, vcpu))
@@ -199,7 +212,7 @@ class Guest:
                 if reason == FAULT:
                     self._take_faults()
                 elif reason == PMI:
-                    self._take_pmi()
+                    self._serve_pmu()
                 elif reason == COMPLETED:
                     self._finish(int(machine.vcpus.field[:, CLOCK].max()))
             if self.phase == "run" and self.config.run_ps and self.now >= self.run_started_ps + self.config.run_ps:
@@ -224,8 +237,14 @@ class Guest:
         return 1.0 - int(self.machine.state[engine.S_LEFT]) / self.config.transactions
 
     def _set_walk_prices(self) -> None:
-        """A leaf line sits in the LLC with the probability that the page tables fit there (costs.md 2.2)."""
+        """A leaf line sits in the LLC with the probability that the page tables fit there (an estimate, graded so)."""
         costs, price, latency = self.config.costs, self.machine.price, self.machine.latency_ps
+        locate_tables(
+            self.machine.ept,
+            self.machine.table_gpfn,
+            int(self.machine.state[engine.S_SLOW_FRAMES]),
+            self.machine.table_slow,
+        )
         table_bytes = 16 * int(self.nodes.managed.sum() - self.nodes.free_count.sum())
         fits = min(1000, 1000 * costs.llc_bytes // max(1, table_bytes))
         cached = fits * costs.walk_llc_ref_ps
@@ -278,7 +297,7 @@ class Guest:
         vcpu = int(machine.state[engine.S_TURN])
         collect(
             vcpus, vcpu, config.engine.block, machine.gpt, machine.ept, self.nodes, machine.table_gpfn,
-            machine.table_slow, self._prefer, FAST, config.costs.minor_fault_ps, batch.hint_page, batch.hint_position,
+            self._prefer, FAST, config.costs.minor_fault_ps, batch.hint_page, batch.hint_position,
             batch.gpfn, batch.gpfn_position, batch.gpfn_old, batch.fresh, batch.fresh_gpfn, batch.counts, counters,
         )  # fmt: skip
         hints, gpfns, fresh, state = (int(count) for count in batch.counts)
@@ -306,18 +325,62 @@ class Guest:
                 "give the VM more memory or the workload a smaller footprint"
             )
 
-    def _take_pmi(self) -> None:
-        """A DS area is nearly full: exit, injection, handler; the handler drains it."""
+    def _allocate_ds(self) -> None:
+        """The kernel allocates the DS areas; stock Linux clears them, so that the host backs them (ds_prefault)."""
+        ds = self.machine.ds
+        for index in np.ndindex(ds.gpfn.shape):
+            frame = int(allocate(self.nodes, FAST))
+            if frame == NO_PAGE:
+                raise GuestError(
+                    "out of memory for the PEBS buffers; give the VM more memory or set guest.ds_pages lower"
+                )
+            ds.gpfn[index] = frame
+        if self.config.kernel.ds_prefault and ds.gpfn.size:
+            gpfns = ds.gpfn.reshape(-1)
+            self._ept_fault(self.now, gpfns, np.ones(gpfns.size, np.uint8))
+            self._clear_ds(gpfns)
+
+    def _clear_ds(self, gpfns: Words) -> None:
+        machine = self.machine
+        first = STAMP_TABLE_BASE + machine.table_gpfn.size
+        pages = first + np.flatnonzero(np.isin(machine.ds.gpfn.reshape(-1), gpfns))
+        clear_fresh(machine.gpt, machine.ept, machine.stamps, int(machine.state[engine.S_OWNER]), pages, gpfns)
+
+    def _serve_pmu(self) -> None:
+        """A record met an EPT violation, or a DS area is nearly full."""
         vcpu = int(self.machine.state[engine.S_TURN])
+        field, params = self.machine.vcpus.field[vcpu], self.machine.ds.params
+        if field[DS_FAULT]:
+            gpfn = np.array([field[DS_FAULT] - 1], np.int64)
+            backed = int(self.machine.ept[gpfn[0]]) != 0
+            cost = int(self._ept_fault(int(field[CLOCK]), gpfn, np.ones(1, np.uint8))[0])
+            if not backed:
+                self._clear_ds(gpfn)
+            self.machine.counters[C.pebs__ept_violations] += 1
+            self.machine.counters[C.exit__ept_violation] += 1
+            self._exit(vcpu, cost)
+            field[DS_FAULT] = 0
+        if field[DS_INDEX] >= params[P_INTERRUPT]:
+            self._take_pmi(vcpu)
+
+    def _exit(self, vcpu: int, cost_ps: int) -> None:
+        """A VM exit of ``cost_ps`` that management caused."""
+        field, counters = self.machine.vcpus.field[vcpu], self.machine.counters
+        field[EXIT_START] = field[CLOCK]
+        field[CLOCK] += cost_ps
+        field[EXIT_END] = field[CLOCK]
+        field[FLUSH_AT_ENTRY] = 0
+        counters[C.time__exit_ps] += cost_ps
+        counters[C.time__stolen_ps] += cost_ps
+
+    def _take_pmi(self, vcpu: int) -> None:
+        """Exit, injection, handler; the handler drains the area."""
         field, costs, counters = self.machine.vcpus.field[vcpu], self.config.costs, self.machine.counters
         counters[C.pebs__pmi] += 1
         counters[C.exit__pmi] += 1
-        counters[C.time__exit_ps] += costs.pmi_guest_ps
-        counters[C.time__stolen_ps] += costs.pmi_guest_ps + costs.pmi_ps
-        field[EXIT_START] = field[CLOCK]
-        field[EXIT_END] = field[CLOCK] + costs.pmi_guest_ps
-        field[FLUSH_AT_ENTRY] = 0
-        field[CLOCK] += costs.pmi_guest_ps + costs.pmi_ps
+        self._exit(vcpu, costs.pmi_guest_ps)
+        counters[C.time__stolen_ps] += costs.pmi_ps
+        field[CLOCK] += costs.pmi_ps
         self._activate(INTERRUPT, vcpu, self._drain, vcpu)
 
     def _context_switch(self, vcpu: int) -> None:
@@ -374,7 +437,8 @@ class Guest:
         self.phase = "done"
         self.ended_ps = at_ps
         checked, bad = verify(self.machine.gpt, self.machine.ept, self.machine.stamps,
-                              int(self.machine.state[engine.S_OWNER]), self.machine.table_gpfn)  # fmt: skip
+                              int(self.machine.state[engine.S_OWNER]),
+                              np.concatenate([self.machine.table_gpfn, self.machine.ds.gpfn.reshape(-1)]))  # fmt: skip
         self.pages_checked = int(checked)
         self.machine.counters[C.integrity__mismatches] += bad
 

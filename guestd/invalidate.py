@@ -37,9 +37,10 @@ def request_flush(vcpus: Vcpus, state: Words, now: int, counters: Counters) -> N
             counters[C.exit__kick] += 1
             counters[C.time__exit_ps] += state[VMEXIT_PS]
             counters[C.time__stolen_ps] += state[VMEXIT_PS]
-            field[EXIT_START] = field[CLOCK]
+            # From now on, not from the clock, which is ahead by what is left of the access that `now` fell into.
+            field[EXIT_START] = now
+            field[EXIT_END] = now + state[VMEXIT_PS] + state[FLUSH_PS]
             field[CLOCK] += state[VMEXIT_PS]
-            field[EXIT_END] = field[CLOCK] + state[FLUSH_PS]
         # The vCPU runs nothing until its entry, so the flush of that entry may empty the caches already now.
         field[FLUSH_AT_ENTRY] = 1
         drop_all(vcpus, vcpu)

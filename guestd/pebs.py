@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from guestd.jit import inline, kernel
 from guestd.tiering.policy import Sampling
-from guestd.vcpu import DS_INDEX
+from guestd.vcpu import DS_FAULT, DS_INDEX
 from proto.arrays import Words
 from proto.costs import Costs
 from proto.counters import C, Counters
+from proto.entry import ACCESSED, DIRTY, PRESENT
 from proto.units import PAGE_SIZE, PS_PER_NS
 
 RECORD = np.dtype(
@@ -34,6 +35,9 @@ RECORD = np.dtype(
 )
 """One PEBS record: ``tsc`` in virtual ps, ``address`` = gVA, ``data_source`` = tier, ``latency`` in ns."""
 RECORD_BYTES = RECORD.itemsize
+RECORDS_SHIFT = 6
+"""A page of the area holds 64 records."""
+NO_FRAME = -1
 FORMAT_MEMORY = (1 << 0) | (RECORD_BYTES << 48)
 LARGE_PEBS_RESERVE = 8
 """Records left free when large PEBS interrupts (Linux ds.c, pebs_update_threshold: 8 counters)."""
@@ -56,6 +60,8 @@ PARAMS = 7
 class DsArea(NamedTuple):
     """The DS areas of all vCPUs and the PMU's programming."""
 
+    gpfn: Words
+    """int64[vcpus, pages]: the gPA frames of each area; NO_FRAME until the kernel allocated them."""
     records: Words
     """int64[vcpus, maximum, 8]: `RECORD`s."""
     params: Words
@@ -78,13 +84,20 @@ def new_ds_area(vcpus: int, pages: int, sampling: Sampling | None, costs: Costs)
         params[P_LOAD_PERIOD] = sampling.load_period
         params[P_THRESHOLD_PS] = sampling.latency_threshold_ns * PS_PER_NS
         params[P_STORE_PERIOD] = sampling.store_period
-    return DsArea(np.zeros((vcpus, maximum, len(RECORD.names or ())), np.int64), params)
+    gpfn = np.full((vcpus, pages if sampling else 0), NO_FRAME, np.int64)
+    return DsArea(gpfn, np.zeros((vcpus, maximum, len(RECORD.names or ())), np.int64), params)
 
 
 @inline
-def write_record(ds: DsArea, field: Words, vcpu: int, event: int, tsc: int, gva: int, slow: int, latency_ps: int,
-                 counters: Counters) -> bool:  # fmt: skip
-    """Write one record (or drop it); returns whether a PMI is due. ``field``: the vCPU's row of fields."""
+def write_record(
+    ds: DsArea, ept: Words, field: Words, vcpu: int, event: int, tsc: int, gva: int, slow: int, latency_ps: int,
+    counters: Counters,
+) -> bool:  # fmt: skip
+    """Write one record (or drop it); returns whether a PMI or an EPT violation is due.
+
+    ``field``: the vCPU's row of fields. With EPT-friendly PEBS (Ice Lake on) a record that meets an EPT violation is
+    written after the fault and not lost: `DS_FAULT` then names the gPA frame.
+    """
     index = field[DS_INDEX]
     params = ds.params
     if index >= params[P_MAXIMUM]:
@@ -99,7 +112,12 @@ def write_record(ds: DsArea, field: Words, vcpu: int, event: int, tsc: int, gva:
     record[6] = latency_ps // PS_PER_NS
     field[DS_INDEX] = index + 1
     counters[C.pebs__records] += 1
-    return bool(index + 1 >= params[P_INTERRUPT])
+    gpfn = ds.gpfn[vcpu, index >> RECORDS_SHIFT]
+    if (ept[gpfn] & PRESENT) == 0:
+        field[DS_FAULT] = gpfn + 1
+    else:
+        ept[gpfn] |= ACCESSED | DIRTY
+    return bool(index + 1 >= params[P_INTERRUPT] or field[DS_FAULT] != 0)
 
 
 @kernel

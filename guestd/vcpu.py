@@ -40,7 +40,9 @@ IDLE = 13
 """1 when the vCPU has nothing to run (halted: outside guest mode)."""
 RANDOM = 14
 """State of the load-tagging generator."""
-FIELDS = 15
+DS_FAULT = 15
+"""gPA frame + 1 of a DS page whose record met an EPT violation; 0 = none."""
+FIELDS = 16
 
 BUFFER = 16384
 """Accesses generated ahead per vCPU."""

@@ -17,6 +17,8 @@ from proto.units import PS_PER_MS, PS_PER_S
 DAMPING_PS = 20 * PS_PER_MS
 """Time constant of the utilisation: queues of a memory controller settle at once, the damping is the emulator's."""
 _MICRO = 1_000_000
+MOST = 1 << 40
+"""Bytes: more is not believed of a VM and a quantum. Sums over all VMs fit int64."""
 FAST_READ, SLOW_READ, FAST_WRITE, SLOW_WRITE = 0, 1, 2, 3
 """Order of bandwidth vectors: direction, then tier, as the engine keeps its budget."""
 
@@ -37,6 +39,9 @@ class Contention:
     def __init__(self, costs: Costs, vms: int) -> None:
         self._tiers = (costs.fast, costs.slow)
         self.utilisation_ppm = [0, 0]
+        self._queue = np.zeros((vms, 4), np.int64)
+        """int64[vms, 4]: bytes asked for beyond a budget (by a migration in mid-quantum), served later."""
+        self._given = np.zeros((vms, 4), np.int64)
         self._demand = np.zeros((vms, 4), np.int64)
         self.served = np.zeros(4, np.int64)
         """int64[4]: bytes moved so far."""
@@ -48,9 +53,20 @@ class Contention:
         return np.array([rate * quantum_ps // PS_PER_S for rate in rates], np.int64)
 
     def settle(self, vm: int, demand: Words) -> None:
-        """What a VM moved in the quantum that ends (int64[4] bytes)."""
-        self._demand[vm] = demand
-        self.served += demand
+        """What a VM says that it asked for in the quantum that ends (int64[4] bytes); beyond its budget it waits."""
+        self._demand[vm] = np.minimum(self._queue[vm] + np.clip(demand, 0, MOST), MOST)
+        served = np.minimum(self._demand[vm], self._given[vm])
+        self._queue[vm] = self._demand[vm] - served
+        self.served += served
+
+    def keep(self, vms: list[int]) -> None:
+        """Forget the demand of all others: they have left, and had their part in the quantum that ended."""
+        kept = self._demand[vms]
+        self._demand[:] = 0
+        self._demand[vms] = kept
+        waiting = self._queue[vms]
+        self._queue[:] = 0
+        self._queue[vms] = waiting
 
     def close_quantum(self, quantum_ps: int) -> None:
         """Move the utilisation towards the quantum's demand; reads and writes of a tier add up."""
@@ -70,7 +86,10 @@ class Contention:
         return values[0], values[1], values[2], values[3]
 
     def budgets(self, vms: list[int], quantum_ps: int) -> dict[int, tuple[int, int, int, int]]:
-        """Bytes for each running VM: its last demand, scaled to fit, and an equal share of what is left."""
+        """Bytes that each running VM may still ask for: its last demand, scaled to fit, and an equal share of the rest.
+
+        What waits from quanta before comes off first.
+        """
         ceiling = self.ceiling(quantum_ps)
         demand = self._demand[vms]
         total = demand.sum(axis=0)
@@ -80,5 +99,7 @@ class Contention:
             for i in range(4):
                 room, asked, own = int(ceiling[i]), int(total[i]), int(demand[row, i])
                 budget.append(own * room // asked if asked > room else own + (room - asked) // len(vms))
-            result[vm] = (budget[0], budget[1], budget[2], budget[3])
+            self._given[vm] = budget
+            free = [given - int(waiting) for given, waiting in zip(budget, self._queue[vm], strict=True)]
+            result[vm] = (free[0], free[1], free[2], free[3])
         return result

@@ -93,19 +93,15 @@ class HostCore:
         if len(message.gpfns) % 8 or len(message.write) != len(message.gpfns) // 8:
             raise RefusedMessage("gpfns must be int64[n] and write uint8[n]")
         cost = self._vms[vm].ept_fault(message.time_ps, np.frombuffer(message.gpfns, np.int64))
-        for tier, used in enumerate(self._used()):
-            self._peak[tier] = max(self._peak[tier], used)
         return Mapped(cost_ps=cost.tobytes())
 
     def _tick(self, vm: int, message: Tick) -> Out:
         if vm not in self._running or vm in self._ticked or message.time_ps != self._until_ps:
             raise RefusedMessage(f"a tick for {message.time_ps} ps; the barrier of this VM is at {self._until_ps} ps")
-        counters = np.frombuffer(message.counters, np.int64)
-        demand = np.frombuffer(message.bandwidth_demand, np.int64)
-        if counters.size != COUNTERS or demand.size != 4:
+        if len(message.counters) != 8 * COUNTERS or len(message.bandwidth_demand) != 8 * 4:
             raise RefusedMessage(f"counters must be int64[{COUNTERS}] and bandwidth_demand int64[4]")
-        self._vms[vm].heard(counters)
-        self._contention.settle(vm, np.maximum(demand, 0))
+        self._vms[vm].heard(np.frombuffer(message.counters, np.int64))
+        self._contention.settle(vm, np.frombuffer(message.bandwidth_demand, np.int64))
         if message.phase == "done":
             self._running.discard(vm)
             self._leaving.add(vm)
@@ -119,10 +115,12 @@ class HostCore:
         if vm not in self._leaving and not self._stopping:
             raise RefusedMessage("bye before the run was done")
         try:
-            report = msgspec.json.decode(message.report, type=dict[str, Any])
+            report = self._with_host_part(vm, msgspec.json.decode(message.report, type=dict[str, Any]))
         except msgspec.DecodeError as error:
             raise RefusedMessage(f"the report is no JSON object: {error}") from error
-        self.reports[vm] = self._with_host_part(vm, report)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise RefusedMessage(f"the report is not of the form of summary.json: {error!r}") from error
+        self.reports[vm] = report
         return self._leave(vm)
 
     def _leave(self, vm: int) -> Out:
@@ -131,7 +129,6 @@ class HostCore:
         self._ticked.discard(vm)
         if vm in self._vms:
             self._vms[vm].close()
-            self._contention.settle(vm, np.zeros(4, np.int64))
         return self._barrier()
 
     # -- the barrier --------------------------------------------------------------------------------------------
@@ -150,21 +147,25 @@ class HostCore:
         running = sorted(self._running)
         latencies = self._contention.latencies()
         budgets = self._contention.budgets(running, quantum)
-        return [
-            (vm, Advance(
-                until_ps=self._until_ps,
-                latency_ps=latencies,
-                bandwidth_budget=budgets[vm],
-                operations=self._vms[vm].prepare(self._now_ps, self._until_ps),
-            ))
-            for vm in running
-        ]  # fmt: skip
+        self._contention.keep(running)
+        out: Out = []
+        for vm in running:
+            operations = self._vms[vm].prepare(self._now_ps, self._until_ps)
+            advance = Advance(until_ps=self._until_ps, latency_ps=latencies, bandwidth_budget=budgets[vm],
+                              operations=operations)  # fmt: skip
+            out.append((vm, advance))
+        self._note_peak()
+        return out
 
     # -- accounts -----------------------------------------------------------------------------------------------
 
     def _used(self) -> tuple[int, int]:
         pairs = [vm.used() for vm in self._vms.values()]
         return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+
+    def _note_peak(self) -> None:
+        """At a barrier, where it does not depend on whose faults the host saw first."""
+        self._peak = [max(pair) for pair in zip(self._peak, self._used(), strict=True)]
 
     def _with_host_part(self, vm: int, report: dict[str, Any]) -> dict[str, Any]:
         """A host-side design's work on the VM: kernel counters of the host, CPU of its threads."""
@@ -202,6 +203,7 @@ class HostCore:
         stages = {
             name: sum(float(state.meter.book[i]) for state in self._vms.values()) / 1e9 for i, name in enumerate(STAGES)
         }
+        self._note_peak()
         used = self._used()
         loads = np.array(self._loads or [(0, 0)], np.int64)
         loaded = self._contention.latencies()

@@ -1,9 +1,9 @@
 """The host's view of a VM's memory: gPA pages to hPA frames through the EPT, with no gVA to invalidate by.
 
 Every change asks for a flush of the whole VM (kvm_flush_remote_tlbs): a young page found while ageing, each at once; a
-scanned range, whose leaf entries are all zapped; each migration (reference policies.md 1c and 9). The host works while
-the VM is parked, for the quantum to come: what it does is emitted as timestamped operations that the VM's hardware
-executes at their times (architecture 3.2). In an EPT fault the VM waits, so there it acts at once.
+scanned range, whose leaf entries are all zapped; each migration (virt/kvm/kvm_main.c, mm/mprotect.c). The host works
+while the VM is parked, for the quantum to come: what it does is emitted as timestamped operations that the VM's
+hardware executes at their times. In an EPT fault the VM waits, so there it acts at once.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,8 @@ class HostView(PageView):
         super().__init__(nodes, memory.ept, meter, config.costs, counters, config.vcpus, config.total_pages, schedule)
         self._stamps = memory.stamps
         self._operations: list[np.ndarray[tuple[int], np.dtype[np.void]]] = []
-        self._leaving: list[Ints] = []
+        self._moving: list[tuple[Words, Ints, Ints]] = []
+        """Moves to come: (times, frames they leave, frames they go to), each in order of time."""
         self._events = events
         self.in_fault = False
         self.kicked_permille = 1000
@@ -78,15 +79,22 @@ class HostView(PageView):
         self._operations = [pending[due:]] if due < pending.size else []
         return pending[:due].tobytes()
 
-    def settle(self) -> None:
-        """At a barrier: the moves that were executed leave their old frames free."""
-        if self._operations:
-            return
-        for frames in self._leaving:
-            for frame in frames:
+    def settle(self, now_ps: int) -> None:
+        """The VM has come to ``now_ps``: moves due before that were executed and leave their old frames free."""
+        left = []
+        for times, frames, targets in self._moving:
+            done = int(np.searchsorted(times, now_ps))
+            for frame in frames[:done]:
                 give_free(self.nodes, int(frame))
-        self._leaving.clear()
-        self.nodes.flags[:] &= np.uint8(0xFF ^ F_BUSY)
+            self.nodes.flags[targets[:done]] &= np.uint8(0xFF ^ F_BUSY)
+            if done < times.size:
+                left.append((times[done:], frames[done:], targets[done:]))
+        self._moving = left
+
+    def free(self, node: int) -> int:
+        """Free frames of a node, those among them that moves under way are about to leave."""
+        leaving = sum(int(((frames >= self._half) == (node != FAST)).sum()) for _, frames, _ in self._moving)
+        return super().free(node) + leaving
 
     def _request_ps(self) -> int:
         """What one flush request costs the thread that asks and waits for the kicked vCPUs."""
@@ -118,8 +126,10 @@ class HostView(PageView):
             each = cost_ps + self._request_ps()
             times = self.now + each * np.arange(pages.size, dtype=np.int64)
             self._emit(OP_MOVE, times, pages, targets.astype(np.int64))
+            # Until a move is executed, nobody may move its page again, known by either frame.
             self.nodes.flags[targets] |= F_BUSY
-            self._leaving.append(frames)
+            self.nodes.flags[frames] |= F_BUSY
+            self._moving.append((times, frames, targets))
             self.meter.charge(each * pages.size)
         self._events.add(self.now, "promote" if node == FAST else "demote", pages << PAGE_SHIFT, 1 - node, node)
 

@@ -174,6 +174,8 @@ class HostServer:
         except OSError:
             sock.close()  # it died this early; who reaps it will say so
             return
+        # Now, not when the guest has mapped it: its hello may overtake that word, on the other channel.
+        self._core.attach(pending.vm, pending.memory)
         self._pending[pending.fileno()] = pending
         self._poller.register(pending.fileno(), zmq.POLLIN)
         self._watchdog.expect(vm)
@@ -181,7 +183,6 @@ class HostServer:
     def _mapped(self, pending: Pending) -> None:
         self._poller.unregister(pending.fileno())
         if pending.finish():
-            self._core.attach(pending.vm, pending.memory)
             self._watchdog.refresh(pending.vm)
 
     def _ended(self, ended: Ended) -> None:

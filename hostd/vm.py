@@ -14,7 +14,7 @@ import numpy as np
 from guestd.events import EventLog
 from guestd.jit import kernel
 from guestd.meter import HOST_THREAD, Meter
-from guestd.mm.nodes import FAST, NO_PAGE, Nodes, allocate, give_free, lru_add, new_nodes, take_free
+from guestd.mm.nodes import FAST, NO_PAGE, SLOW, Nodes, allocate, lru_add, new_nodes, take_free
 from guestd.params import resolve
 from guestd.tiering.policy import Policy, Tiering
 from hostd.errors import RefusedMessage
@@ -31,9 +31,8 @@ BACKED = WRITABLE
 
 
 @kernel
-def _back(ept: Words, nodes: Nodes, gpfns: Words, flat: bool, costs: Words, hints: Words,
-          out: Words) -> tuple[int, int]:  # fmt: skip
-    """Serve EPT violations; returns (hint faults listed in ``hints``, -1 or the index that found no frame).
+def _back(ept: Words, nodes: Nodes, gpfns: Words, flat: bool, costs: Words, hints: Words, out: Words) -> int:
+    """Serve EPT violations, for which there are frames enough; returns the hint faults listed in ``hints``.
 
     ``costs``: int64[2], violation with the page there, and with allocation; ``out``: int64[n] cost of each.
     """
@@ -44,8 +43,14 @@ def _back(ept: Words, nodes: Nodes, gpfns: Words, flat: bool, costs: Words, hint
         entry = ept[gpfn]
         if (entry & BACKED) == 0:
             frame = allocate(nodes, FAST) if flat else take_free(nodes, 1 if gpfn >= half else 0, 0)
+            if frame == NO_PAGE and flat:
+                # What backs a VM may use the reserve: the watermarks are there for the host's own work.
+                frame = take_free(nodes, FAST, 0)
+                if frame == NO_PAGE:
+                    frame = take_free(nodes, SLOW, 0)
             if frame == NO_PAGE:
-                return hinted, i
+                # What is left is the reserve below the watermarks: moves under way hold their frames twice.
+                frame = take_free(nodes, FAST, 0) if nodes.free_count[FAST] > 0 else take_free(nodes, SLOW, 0)
             if flat:
                 nodes.page[frame] = gpfn
                 lru_add(nodes, frame, 0)
@@ -58,15 +63,7 @@ def _back(ept: Words, nodes: Nodes, gpfns: Words, flat: bool, costs: Words, hint
         else:
             ept[gpfn] = entry | PRESENT
             out[i] = costs[0]
-    return hinted, -1
-
-
-@kernel
-def _unback(ept: Words, nodes: Nodes, gpfns: Words) -> None:
-    """Undo what `_back` allocated for a refused message: entries that were empty before (their flags say so)."""
-    for gpfn in gpfns:
-        give_free(nodes, ept[gpfn] >> FRAME_SHIFT)
-        ept[gpfn] = 0
+    return hinted
 
 
 class Vm:
@@ -87,6 +84,9 @@ class Vm:
         self._sequence = 0
         self._tick_ps = PS_PER_S // config.kernel.hz
         self._next_tick_ps = config.start_ps + self._tick_ps
+        self._until_ps = 0
+        self._reclaim_end_ps = 0
+        """kswapd is one thread: no tick wakes it before it is through with what it began."""
         self._events = EventLog(config.events_path if self.flat else "", config.vm)
         self.view = HostView(config, memory, self.nodes, self.meter, self.counters, self._schedule, self._events)
         params = resolve(policy.params, config.policy_params)
@@ -107,10 +107,15 @@ class Vm:
     def ept_fault(self, time_ps: int, gpfns: Words) -> Words:
         """Serve EPT violations (int64[n]); cost of each in ps. Raises RefusedMessage, having changed nothing."""
         began = time.thread_time_ns()
+        time_ps = min(time_ps, self._until_ps)
         limit = self.config.total_pages if self.flat else gpa_pages(self.config.total_pages)
         if gpfns.size and (int(gpfns.min()) < 0 or int(gpfns.max()) >= limit):
             raise RefusedMessage(f"gPA frame out of range; this VM has frames 0 to {limit - 1}")
-        fresh = np.unique(gpfns[(self.memory.ept[gpfns] & BACKED) == 0])
+        if np.unique(gpfns).size < gpfns.size:
+            raise RefusedMessage("a gPA frame is named twice")
+        if self.flat:
+            self.view.settle(time_ps)
+        fresh = gpfns[(self.memory.ept[gpfns] & BACKED) == 0]
         half = self.config.total_pages
         need = (fresh.size, 0) if self.flat else (int((fresh < half).sum()), int((fresh >= half).sum()))
         free = self.nodes.free_count
@@ -120,11 +125,7 @@ class Vm:
         cost = np.zeros(gpfns.size, np.int64)
         hints = np.zeros(gpfns.size, np.int64)
         prices = np.array([costs.ept_violation_ps, costs.ept_violation_alloc_ps], np.int64)
-        hinted, failed = _back(self.memory.ept, self.nodes, gpfns, self.flat, prices, hints, cost)
-        if failed >= 0:
-            now_backed = fresh[(self.memory.ept[fresh] & BACKED) != 0]
-            _unback(self.memory.ept, self.nodes, now_backed)
-            raise RefusedMessage("no frame left above the minimum watermark of this VM's share")
+        hinted = int(_back(self.memory.ept, self.nodes, gpfns, self.flat, prices, hints, cost))
         if hinted:
             self.meter.now = time_ps
             self.view.in_fault = True
@@ -136,10 +137,11 @@ class Vm:
 
     def prepare(self, now_ps: int, until_ps: int) -> bytes:
         """Run host-side tiering for the coming quantum; the operations that the VM executes in it (`OPERATION`s)."""
+        self._until_ps = until_ps
         if not self.flat or now_ps < self.config.start_ps:
             return b""
         began = time.thread_time_ns()
-        self.view.settle()
+        self.view.settle(now_ps)
         while True:
             timer = self._timers[0][0] if self._timers else until_ps
             due = min(timer, self._next_tick_ps)
@@ -151,8 +153,10 @@ class Vm:
             else:
                 self._next_tick_ps += self._tick_ps
                 mark = self.tiering.reclaim_mark
-                if mark is not None and self.nodes.free_count[FAST] < self.nodes.watermark[FAST, mark]:
+                asleep = due >= self._reclaim_end_ps
+                if mark is not None and asleep and self.view.free(FAST) < self.view.watermark(FAST, mark):
                     self.tiering.on_pressure(self._tick_ps)
+                    self._reclaim_end_ps = self.meter.now
         operations = self.view.take_operations(until_ps)
         self._events.flush()
         self.cpu_ns += time.thread_time_ns() - began
@@ -162,9 +166,9 @@ class Vm:
         """The guest's counters at the barrier: how many vCPUs a request kicked decides how long the next ones take."""
         delta = counters - self.guest_counters
         requests = int(delta[C.kvm__remote_tlb_flush_requests])
-        if requests:
+        if requests > 0:
             kicks = int(delta[C.exit__kick])
-            self.view.kicked_permille = 1000 * kicks // (requests * self.config.vcpus)
+            self.view.kicked_permille = max(0, min(1000, 1000 * kicks // (requests * self.config.vcpus)))
         self.guest_counters = counters.copy()
 
     def close(self) -> None:

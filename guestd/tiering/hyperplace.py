@@ -3,8 +3,8 @@
 Loads above a latency threshold are sampled at a fixed period; the records are drained when the sampled task is switched
 out, so no thread polls and no PMI comes. Every 500 ms the range tree is split and ranked; of the hottest ranges that
 fit fast memory, pages still in slow memory are swapped pairwise with pages of the coldest ranges that lie in fast
-memory, which needs no free frame and wakes no reclaim. Wherever paper and released code differ (reference demeter.md
-1.2, 1.3, 2) there is a parameter; its default is the paper.
+memory, which needs no free frame and wakes no reclaim. Wherever paper (SOSP'25, 3.2) and released code
+(patch/demeter.patch) differ there is a parameter; its default is the paper.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """The range tree over gVA: hot regions found by splitting ranges that stand out from their neighbours.
 
-The seed's classifier (reference demeter.md 1.2; 1.3 for what the released code does differently). Leaves partition the
+The seed's classifier (Demeter, SOSP'25, 3.2.1; released code: mm/demeter/range_tree.h). Leaves partition the
 heap and the mmap region; samples count into leaves; every epoch all counts are halved, and a leaf that is significantly
 hotter than its neighbours is split into equal halves, each inheriting half the count, down to 2 MiB.
 """

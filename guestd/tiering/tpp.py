@@ -1,4 +1,4 @@
-"""TPP, as its paper's patch set does it (ASPLOS'23, on Linux 5.15): reference policies.md 1a; over an EPT: 1c.
+"""TPP, as its paper's patch set does it (ASPLOS'23, on Linux 5.15).
 
 Tracking and promotion are one: a scanner in task context puts slow pages under PROT_NONE (256 MB a pass), and the hint
 fault of an *active* page promotes it on the spot, while an inactive page is only marked accessed. kswapd demotes from

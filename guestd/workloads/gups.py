@@ -1,4 +1,4 @@
-"""GUPS: random 8-byte read-modify-writes over an array with a hot set (Demeter's GUPS hotset, demeter.md 4.2).
+"""GUPS: random 8-byte read-modify-writes over an array with a hot set (Demeter's, SOSP'25, section 5).
 
 A share of the updates (9:1) goes to a hot set, the others to the rest. The array is initialised in order, so the hot
 set at its end is touched last and starts in slow memory. Variants: the hot pages scattered over the array, and Zipf.
@@ -20,12 +20,12 @@ from proto.config import GuestConfig
 from proto.units import PAGE_SHIFT
 
 PARAMS = (
-    Param("footprint", 0.875, "share of memory", "size of the array", "demeter.md 4.2: 14 of 16 GiB", (), 0.01, 0.97),
-    Param("hot", 0.0625, "share of memory", "size of the hot set", "demeter.md 4.2: 1 of 16 GiB", (), 0.0001, 0.97),
-    Param("hot_updates", 0.9, "share of updates", "those of the hot set", "demeter.md 4.2: 9:1", (), 0.0, 1.0),
-    Param("layout", "end", "", "where the hot pages lie: at the end, the start, or scattered", "demeter.md 4.2",
+    Param("footprint", 0.875, "share of memory", "size of the array", "Demeter: 14 of 16 GiB", (), 0.01, 0.97),
+    Param("hot", 0.0625, "share of memory", "size of the hot set", "Demeter: 1 of 16 GiB", (), 0.0001, 0.97),
+    Param("hot_updates", 0.9, "share of updates", "those of the hot set", "Demeter, evaluation.py", (), 0.0, 1.0),
+    Param("layout", "end", "", "where the hot pages lie", "Demeter, evaluation.py",
           ("end", "start", "scattered")),
-    Param("distribution", "hotset", "", "hot set, uniform, or Zipf over pages", "demeter.md 4.2",
+    Param("distribution", "hotset", "", "hot set, uniform, or Zipf over pages", "Demeter, evaluation.py",
           ("hotset", "uniform", "zipf")),
     Param("zipf_s", 0.99, "", "exponent of the Zipf variant", "YCSB default", (), 0.01, 3.0),
     Param("mlp", 4.0, "misses", "memory-level parallelism of a vCPU", "unpublished; a few updates fit a reorder buffer",

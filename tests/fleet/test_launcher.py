@@ -81,7 +81,6 @@ def configs(experiment: Experiment, tmp_path: Path) -> Callable[..., tuple[list[
         tenant = replace(experiment.tenants[0], vms=vms, policy="none", vcpus=1, run_ps=run_ps, memory_bytes=16 << 20)
         one = replace(experiment, tenants=(tenant,), hang_timeout_s=hang_timeout_s)
         guests = one.guests(log_path=lambda vm: tmp_path / f"log.{vm}.jsonl")
-        guests = [msgspec.structs.replace(g, seed=g.vm) for g in guests]  # TEMP
         return guests, one.host_config()
 
     return make

@@ -1,0 +1,153 @@
+"""Small guests for tests in one process, and the laws of memory that hold for them at every barrier."""
+
+from typing import Any
+
+import numpy as np
+
+from fleet.in_process import InProcessFleet
+from guestd.guest import Guest
+from guestd.mm.nodes import F_ACTIVE, F_BUSY, F_LRU, NO_PAGE, Nodes
+from guestd.tiering.registry import policies
+from proto.arrays import Words
+from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, Scalar
+from proto.costs import Costs
+from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
+from proto.units import PS_PER_MS
+
+PAGES = 8192
+"""32 MiB."""
+FAST_PAGES = PAGES // 5
+MEASURED = ("measured_s", "measured_cores", "floor_s", "guest_thread_s")
+ENGINE = EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=1024)
+
+
+def small_guest(costs: Costs, policy: str = "none", *, params: dict[str, Scalar] | None = None, run_ms: int = 60,
+                pages: int = PAGES, fast: int | None = None, vcpus: int = 2, vm: int = 0, seed: int = 3,
+                start_ms: int = 0, transactions: int = 0, workload: dict[str, Scalar] | None = None,
+                batched_unmap_flush: bool = False) -> GuestConfig:  # fmt: skip
+    """GUPS on ``pages`` pages. ``params`` None: those with which each mechanism acts within milliseconds."""
+    fast = pages // 5 if fast is None else fast
+    return GuestConfig(
+        vm=vm,
+        name=f"vm{vm}",
+        seed=seed,
+        vcpus=vcpus,
+        total_pages=pages,
+        fast_pages=fast,
+        slow_pages=pages - fast,
+        policy=policy,
+        policy_params=dict(policies()[policy].warm_up) if params is None else params,
+        workload="gups",
+        workload_params=workload or {},
+        run_ps=0 if transactions else run_ms * PS_PER_MS,
+        transactions=transactions,
+        start_ps=start_ms * PS_PER_MS,
+        sample_ps=10 * PS_PER_MS,
+        engine=ENGINE,
+        kernel=GuestKernel(
+            hz=1000,
+            sched_slice_ps=PS_PER_MS,
+            single_page_flush_ceiling=33,
+            ds_pages=16,
+            ds_prefault=True,
+            batched_unmap_flush=batched_unmap_flush,
+        ),
+        costs=costs,
+        log_path="",
+        events_path="",
+    )
+
+
+def small_host(costs: Costs) -> HostConfig:
+    """A host for such guests."""
+    return HostConfig(costs=costs, engine=ENGINE, sample_ps=10 * PS_PER_MS)
+
+
+def new_fleet(*guests: GuestConfig) -> InProcessFleet:
+    """A fleet of such guests that has not run yet."""
+    return InProcessFleet(small_host(guests[0].costs), list(guests))
+
+
+def run_fleet(*guests: GuestConfig) -> dict[int, dict[str, Any]]:
+    """Run it to the end; the reports."""
+    host = new_fleet(*guests).run()
+    assert host.failures == []
+    return host.reports
+
+
+def until_populated(fleet: InProcessFleet) -> Guest:
+    """Run until VM 0 has touched everything once."""
+    guest = fleet.guests[0]
+    while guest.phase == "populate":
+        assert fleet.step()
+    return guest
+
+
+def without_measured(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without what this machine's clock says."""
+    cpu = {key: value for key, value in report["agent_cpu"].items() if key not in MEASURED}
+    return {key: value for key, value in report.items() if key != "process_cpu"} | {"agent_cpu": cpu}
+
+
+def check_memory(fleet: InProcessFleet) -> None:
+    """Frames are conserved and mapped once; the LRU lists hold what they should. In guest and host, for each VM."""
+    for vm, guest in fleet.guests.items():
+        machine = guest.machine
+        gpt = machine.gpt
+        pages = np.flatnonzero(gpt & (PRESENT | PROTNONE))
+        frames = (gpt[pages] & FRAME_MASK) >> FRAME_SHIFT
+        tables = machine.table_gpfn[machine.table_gpfn >= 0]
+        _check_nodes(guest.nodes, np.concatenate([frames, tables]))
+        assert (guest.nodes.page[frames] == pages).all()
+        assert (guest.nodes.flags[frames] & F_LRU).all()
+        _check_lists(guest.nodes, frames.size)
+
+        host = fleet.host.vm(vm)
+        ept = machine.ept
+        gpfns = np.flatnonzero(ept & WRITABLE)
+        slots = (ept[gpfns] & FRAME_MASK) >> FRAME_SHIFT
+        assert (slots < guest.config.total_pages).sum() <= guest.config.fast_pages
+        assert set(frames) | set(tables) <= set(gpfns)
+        # A page that a host thread is moving has two frames until the move is settled.
+        busy = np.flatnonzero(host.nodes.flags & F_BUSY)
+        _check_nodes(host.nodes, np.union1d(slots, busy))
+        assert np.unique(slots).size == slots.size
+        if host.flat:
+            still = (host.nodes.flags[slots] & F_BUSY) == 0
+            assert (host.nodes.page[slots[still]] == gpfns[still]).all()
+            _check_lists(host.nodes, gpfns.size)
+
+
+def _check_nodes(nodes: Nodes, used: Words) -> None:
+    """``used`` (int64[n]) and the free frames are the managed ones, each once."""
+    span = nodes.page.size // 2
+    free = [nodes.free[node * span : node * span + int(nodes.free_count[node])] for node in (0, 1)]
+    for node in (0, 1):
+        mine = used[(used >= span) == (node == 1)]
+        every = np.sort(np.concatenate([free[node], mine]))
+        assert np.array_equal(every, node * span + np.arange(int(nodes.managed[node])))
+        assert (nodes.page[free[node]] == NO_PAGE).all()
+        assert (nodes.flags[free[node]] == 0).all()
+
+
+def _check_lists(nodes: Nodes, members: int) -> None:
+    """Both directions of each list agree, as do sizes, flags and nodes; ``members`` on all lists together."""
+    span = nodes.page.size // 2
+    seen: list[int] = []
+    for which in range(4):
+        head = nodes.page.size + which
+        frames = []
+        frame = int(nodes.next[head])
+        while frame != head:
+            assert nodes.previous[nodes.next[frame]] == frame
+            frames.append(frame)
+            frame = int(nodes.next[frame])
+        listed = np.array(frames, np.int64)
+        assert listed.size == nodes.size[which]
+        assert (listed // span == which // 2).all()
+        assert (nodes.flags[listed] & F_LRU).all()
+        assert ((nodes.flags[listed] & F_ACTIVE) != 0).all() == (which % 2 == 1) or not frames
+        assert ((nodes.flags[listed] & F_ACTIVE) == 0).all() == (which % 2 == 0) or not frames
+        assert (nodes.page[listed] != NO_PAGE).all()
+        seen += frames
+    assert len(seen) == len(set(seen)) == members
