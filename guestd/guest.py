@@ -171,7 +171,7 @@ class Guest:
         state[engine.S_NOW] = config.start_ps
         field[:, CLOCK] = config.start_ps
         self.meter.now = config.start_ps
-        self._allocate_ds()
+        self._at(config.start_ps, self._allocate_ds)
         period = config.kernel.sched_slice_ps
         for vcpu in range(config.vcpus):
             self._at(config.start_ps + period * (vcpu + 1) // config.vcpus, partial(self._context_switch, vcpu))
@@ -194,6 +194,9 @@ class Guest:
 
     def advance(self, message: Advance) -> Tick:
         """Run to ``message.until_ps``, applying its operations at their times. Raises GuestError."""
+        return self._threads.on_vcpu(self._advance, message)
+
+    def _advance(self, message: Advance) -> Tick:
         state, machine = self.machine.state, self.machine
         until = message.until_ps
         state[engine.S_END_PS] = until
@@ -208,7 +211,7 @@ class Guest:
             if self.phase == "run" and self.config.run_ps:
                 target = min(target, self.run_started_ps + self.config.run_ps)
             if target > self.now:
-                reason = self._threads.on_vcpu(self._run, operations, target)
+                reason = self._run(operations, target)
                 if reason == FAULT:
                     self._take_faults()
                 elif reason == PMI:

@@ -25,12 +25,15 @@ Out = list[tuple[int, ToGuest]]
 
 
 class HostCore:
-    """See the module. ``reports``: VM -> its part of summary.json; ``failures``: [{vm, kind, message}]."""
+    """See the module.
+
+    ``vms``: VM -> its state; ``reports``: VM -> its part of summary.json; ``failures``: [{vm, kind, message}].
+    """
 
     def __init__(self, config: HostConfig, guests: list[GuestConfig]) -> None:
         self._config = config
         self._guests = {guest.vm: guest for guest in guests}
-        self._vms: dict[int, Vm] = {}
+        self.vms: dict[int, Vm] = {}
         self._joined: set[int] = set()
         self._running: set[int] = set(self._guests)
         self._leaving: set[int] = set()
@@ -53,7 +56,7 @@ class HostCore:
     def attach(self, vm: int, memory: VmMemory) -> None:
         """VM ``vm`` has its memory."""
         config = self._guests[vm]
-        self._vms[vm] = Vm(config, policies()[config.policy], memory)
+        self.vms[vm] = Vm(config, policies()[config.policy], memory)
 
     def receive(self, vm: int, message: ToHost) -> Out:
         """Act on a message of VM ``vm``. Raises RefusedMessage, having changed nothing."""
@@ -92,7 +95,7 @@ class HostCore:
             raise RefusedMessage("an EPT fault outside a quantum")
         if len(message.gpfns) % 8 or len(message.write) != len(message.gpfns) // 8:
             raise RefusedMessage("gpfns must be int64[n] and write uint8[n]")
-        cost = self._vms[vm].ept_fault(message.time_ps, np.frombuffer(message.gpfns, np.int64))
+        cost = self.vms[vm].ept_fault(message.time_ps, np.frombuffer(message.gpfns, np.int64))
         return Mapped(cost_ps=cost.tobytes())
 
     def _tick(self, vm: int, message: Tick) -> Out:
@@ -100,7 +103,7 @@ class HostCore:
             raise RefusedMessage(f"a tick for {message.time_ps} ps; the barrier of this VM is at {self._until_ps} ps")
         if len(message.counters) != 8 * COUNTERS or len(message.bandwidth_demand) != 8 * 4:
             raise RefusedMessage(f"counters must be int64[{COUNTERS}] and bandwidth_demand int64[4]")
-        self._vms[vm].heard(np.frombuffer(message.counters, np.int64))
+        self.vms[vm].heard(np.frombuffer(message.counters, np.int64))
         self._contention.settle(vm, np.frombuffer(message.bandwidth_demand, np.int64))
         if message.phase == "done":
             self._running.discard(vm)
@@ -127,8 +130,8 @@ class HostCore:
         self._running.discard(vm)
         self._leaving.discard(vm)
         self._ticked.discard(vm)
-        if vm in self._vms:
-            self._vms[vm].close()
+        if vm in self.vms:
+            self.vms[vm].close()
         return self._barrier()
 
     # -- the barrier --------------------------------------------------------------------------------------------
@@ -150,7 +153,7 @@ class HostCore:
         self._contention.keep(running)
         out: Out = []
         for vm in running:
-            operations = self._vms[vm].prepare(self._now_ps, self._until_ps)
+            operations = self.vms[vm].prepare(self._now_ps, self._until_ps)
             advance = Advance(until_ps=self._until_ps, latency_ps=latencies, bandwidth_budget=budgets[vm],
                               operations=operations)  # fmt: skip
             out.append((vm, advance))
@@ -160,7 +163,7 @@ class HostCore:
     # -- accounts -----------------------------------------------------------------------------------------------
 
     def _used(self) -> tuple[int, int]:
-        pairs = [vm.used() for vm in self._vms.values()]
+        pairs = [vm.used() for vm in self.vms.values()]
         return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
 
     def _note_peak(self) -> None:
@@ -169,7 +172,7 @@ class HostCore:
 
     def _with_host_part(self, vm: int, report: dict[str, Any]) -> dict[str, Any]:
         """A host-side design's work on the VM: kernel counters of the host, CPU of its threads."""
-        state = self._vms[vm]
+        state = self.vms[vm]
         if not state.flat:
             return report
         mine = split(state.counters)
@@ -199,9 +202,9 @@ class HostCore:
 
     def host_report(self, measured_cpu: dict[str, Any]) -> dict[str, Any]:
         """The `host` object of summary.json but refusals and rates. ``measured_cpu``: the process's, by the server."""
-        modelled = {vm: sum(state.meter.modelled_s().values()) for vm, state in self._vms.items()}
+        modelled = {vm: sum(state.meter.modelled_s().values()) for vm, state in self.vms.items()}
         stages = {
-            name: sum(float(state.meter.book[i]) for state in self._vms.values()) / 1e9 for i, name in enumerate(STAGES)
+            name: sum(float(state.meter.book[i]) for state in self.vms.values()) / 1e9 for i, name in enumerate(STAGES)
         }
         self._note_peak()
         used = self._used()
@@ -227,7 +230,7 @@ class HostCore:
                 "by_vm": [
                     {"id": vm, "measured_s": measured_cpu["by_vm"].get(vm, 0.0), "tiering_s": state.cpu_ns / 1e9,
                      "modelled_s": modelled[vm]}
-                    for vm, state in sorted(self._vms.items())
+                    for vm, state in sorted(self.vms.items())
                 ],
             },
             "virtual_s": self._now_ps / PS_PER_S,

@@ -96,18 +96,19 @@ def check_memory(fleet: InProcessFleet) -> None:
         gpt = machine.gpt
         pages = np.flatnonzero(gpt & (PRESENT | PROTNONE))
         frames = (gpt[pages] & FRAME_MASK) >> FRAME_SHIFT
-        tables = machine.table_gpfn[machine.table_gpfn >= 0]
-        _check_nodes(guest.nodes, np.concatenate([frames, tables]))
+        kernel = np.concatenate([machine.table_gpfn, machine.ds.gpfn.reshape(-1)])
+        kernel = kernel[kernel >= 0]
+        _check_nodes(guest.nodes, np.concatenate([frames, kernel]))
         assert (guest.nodes.page[frames] == pages).all()
         assert (guest.nodes.flags[frames] & F_LRU).all()
         _check_lists(guest.nodes, frames.size)
 
-        host = fleet.host.vm(vm)
+        host = fleet.host.vms[vm]
         ept = machine.ept
         gpfns = np.flatnonzero(ept & WRITABLE)
         slots = (ept[gpfns] & FRAME_MASK) >> FRAME_SHIFT
         assert (slots < guest.config.total_pages).sum() <= guest.config.fast_pages
-        assert set(frames) | set(tables) <= set(gpfns)
+        assert set(frames) | set(kernel) <= set(gpfns)
         # A page that a host thread is moving has two frames until the move is settled.
         busy = np.flatnonzero(host.nodes.flags & F_BUSY)
         _check_nodes(host.nodes, np.union1d(slots, busy))

@@ -8,6 +8,7 @@ It starts from a `guestd.engine.Machine` whose caches are empty, and then keeps 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +32,10 @@ from proto.entry import (
 )
 from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP
 
-_UPPER = "upper"
+Value = TypeVar("Value")
 
 
-class Cache[Value]:
+class Cache(Generic[Value]):
     """A set-associative cache with bit-PLRU replacement: a way is used or not; when all are, only the newest stays."""
 
     def __init__(self, entries: int, ways: int) -> None:
@@ -355,7 +356,7 @@ class Reference:
         """Everything that depends on the EPT."""
         self.guest_flush([cpu])
         cpu.nested.clear()
-        cpu.ept_pde.clear()
+
         cpu.ept_upper = False
 
     def operate(self, time: int, kind: int, flags: int, a: int, b: int) -> None:

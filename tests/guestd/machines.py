@@ -1,0 +1,125 @@
+"""Small guests for tests: a bare machine for the kernels, a configuration, and a whole guest with its host."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fleet.in_process import InProcessFleet
+from guestd import engine
+from guestd.engine import Machine
+from guestd.guest import Guest
+from guestd.pebs import new_ds_area
+from guestd.tiering.policy import Sampling
+from guestd.vcpu import LENGTH, POSITION, new_vcpus
+from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, Scalar
+from proto.costs import Costs
+from proto.counters import new_counters
+from proto.entry import owner_stamp
+from proto.units import PAGE_SHIFT, PS_PER_MS, PS_PER_NS
+
+SLOTS = 256
+"""Frame slots of a bare machine; the first half is fast."""
+GPA_PAGES = 1 << 13
+TABLES = 6
+TABLE_BYTES = 1 << 21
+
+
+def small_costs(costs: Costs, **changes: object) -> Costs:
+    """``costs`` with caches so small that a few dozen pages overflow them, and with ``changes``."""
+    small: dict[str, Any] = {"stlb_entries": 16, "stlb_ways": 4, "pde_cache_entries": 4, "nested_tlb_entries": 8,
+                             "ept_pde_cache_entries": 4}  # fmt: skip
+    return msgspec.structs.replace(costs, **small | changes)
+
+
+def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | None = None) -> Machine:
+    """A machine with nothing mapped: 6 leaf tables of gVA, 8192 pages of gPA, 128 frame slots in each tier."""
+    state, price = engine.new_state()
+    state[engine.S_LEFT] = -1
+    state[engine.S_OWNER] = owner_stamp(3)
+    state[engine.S_SLOW_FRAMES] = SLOTS // 2
+    state[engine.S_MLP_Q8] = 256
+    state[engine.S_FLUSH_PS] = costs.invept_ps
+    state[engine.S_VMEXIT_PS] = costs.vmexit_ps
+    state[engine.S_SLICE_PS] = 1000 * PS_PER_NS
+    state[engine.S_STLB_HIT_PS] = costs.stlb_hit_ps
+    price[:] = (5 * PS_PER_NS, 22 * PS_PER_NS, 31 * PS_PER_NS, 23 * PS_PER_NS)
+    tables = np.arange(TABLES, dtype=np.int64)
+    return Machine(
+        vcpus=new_vcpus(vcpus, costs, seed),
+        gpt=np.zeros(TABLES << 9, np.int64),
+        ept=np.zeros(GPA_PAGES, np.int64),
+        stamps=np.zeros(SLOTS, np.int64),
+        table_gva=0x5555_5540_0000 + tables * 3 * TABLE_BYTES,
+        table_gpfn=GPA_PAGES - 1 - tables * 700,
+        table_slow=tables & 1,
+        ds=new_ds_area(vcpus, 1, sampling, costs),
+        state=state,
+        latency_ps=np.array([[69, 60], [300, 177]], np.int64) * PS_PER_NS,
+        read_bytes=np.array([[64, 64], [256, 0]], np.int64),
+        write_bytes=np.array([[64, 64], [256, 0]], np.int64),
+        budget=np.full((2, 2), 1 << 60, np.int64),
+        price=price,
+        counters=new_counters(),
+    )
+
+
+def fill(machine: Machine, vcpu: int, addresses: list[int], kind: int = engine.LOAD) -> None:
+    """Give ``vcpu`` accesses of one kind to dense byte addresses, in place of those it has left."""
+    vcpus = machine.vcpus
+    vcpus.address[vcpu, : len(addresses)] = addresses
+    vcpus.kind[vcpu, : len(addresses)] = kind
+    vcpus.think_ps[vcpu, : len(addresses)] = 0
+    vcpus.field[vcpu, POSITION], vcpus.field[vcpu, LENGTH] = 0, len(addresses)
+
+
+def touch_pages(machine: Machine, vcpu: int, pages: list[int], kind: int = engine.LOAD) -> None:
+    """Let ``vcpu`` access ``pages`` in order, for as long as it takes."""
+    fill(machine, vcpu, [page << PAGE_SHIFT for page in pages], kind)
+
+
+def guest_config(
+    costs: Costs,
+    policy: str = "none",
+    policy_params: dict[str, Scalar] | None = None,
+    workload: str = "gups",
+    workload_params: dict[str, Scalar] | None = None,
+    *,
+    total_pages: int = 4096,
+    fast_pages: int = 1024,
+    **changes: Any,
+) -> GuestConfig:
+    """A guest of 16 MiB, a quarter of it fast, with one vCPU, for 20 ms; ``changes`` replace fields."""
+    config = GuestConfig(
+        vm=0,
+        name="vm0",
+        seed=11,
+        vcpus=1,
+        total_pages=total_pages,
+        fast_pages=fast_pages,
+        slow_pages=total_pages - fast_pages,
+        policy=policy,
+        policy_params=policy_params or {},
+        workload=workload,
+        workload_params=workload_params or {},
+        run_ps=20 * PS_PER_MS,
+        transactions=0,
+        start_ps=0,
+        sample_ps=100 * PS_PER_MS,
+        engine=EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=2048),
+        kernel=GuestKernel(hz=250, sched_slice_ps=8 * PS_PER_MS, single_page_flush_ceiling=33, ds_pages=16,
+                           ds_prefault=True, batched_unmap_flush=False),
+        costs=costs,
+        log_path="",
+        events_path="",
+    )  # fmt: skip
+    return msgspec.structs.replace(config, **changes)
+
+
+def run_guest(config: GuestConfig, make_guest: Callable[..., Guest] = Guest) -> tuple[Guest, dict[str, Any]]:
+    """Run one guest with its host to the end: the guest as it was left, and its report."""
+    host = HostConfig(costs=config.costs, engine=config.engine, sample_ps=config.sample_ps)
+    fleet = InProcessFleet(host, [config], make_guest)
+    guest = fleet.guests[config.vm]
+    return guest, fleet.run().reports[config.vm]

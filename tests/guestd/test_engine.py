@@ -1,0 +1,248 @@
+"""The compiled engine against the reference in plain Python, and the laws of time that every run obeys."""
+
+import os
+from collections.abc import MutableSequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from guestd import engine, vcpu
+from guestd.engine import COMPLETED, FAULT, LOAD, MODIFY, NEED_ACCESSES, PMI, REACHED, STORE, Machine
+from guestd.pebs import P_INTERRUPT, P_MAXIMUM
+from guestd.tiering.policy import Sampling
+from guestd.vcpu import drop_guest_everywhere, drop_pages_everywhere
+from proto.costs import Costs
+from proto.entry import (
+    ACCESSED,
+    FRAME_MASK,
+    FRAME_SHIFT,
+    PRESENT,
+    PROTNONE,
+    STAMP_PAGE_SHIFT,
+    WRITABLE,
+)
+from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
+from tests.guestd.machines import GPA_PAGES, SLOTS, TABLES, bare_machine, small_costs
+from tests.guestd.reference import Access, Reference
+
+FUZZ = int(os.environ.get("FUZZ_EXAMPLES", "0"))
+"""Random programs to try instead of the fixed ones."""
+
+PAGES = [table << 9 | 3 * i for i in range(8) for table in range(TABLES)]
+"""Pages that programs touch: several per leaf table, so that every cache overflows."""
+HOME = {page: (page * 37 + 5) % (GPA_PAGES // 2) for page in PAGES}
+"""gPA frame of each page; frame + GPA_PAGES // 2 is where the guest moves it to and back."""
+_SPARE = 2 * len(PAGES)
+"""First frame slot for host moves: the slots below back a page's two gPA frames."""
+
+Table = MutableSequence[int]
+
+
+class Segment(NamedTuple):
+    """A stretch of a program: accesses of each vCPU, what host threads do meanwhile, what the guest does after it."""
+
+    duration_ns: int
+    accesses: list[bytes]
+    host: list[tuple[int, int, int, bool]]
+    guest: list[tuple[str, int]]
+
+
+def segments(vcpus: int) -> st.SearchStrategy[Segment]:
+    """Accesses are three bytes each: page, offset with kind, and what is added before it."""
+    return st.builds(
+        Segment,
+        duration_ns=st.integers(1, 30_000),
+        accesses=st.lists(st.binary(min_size=30, max_size=300), min_size=vcpus, max_size=vcpus),
+        host=st.lists(
+            st.tuples(st.integers(0, 30_000), st.sampled_from((OP_FLUSH, OP_ZAP, OP_MOVE)), st.integers(0, 255),
+                      st.booleans()),
+            max_size=6,
+        ),
+        guest=st.lists(
+            st.tuples(st.sampled_from(("invlpg", "flush", "move", "move unflushed", "age", "protect", "read-only")),
+                      st.integers(0, 255)),
+            max_size=6,
+        ),
+    )  # fmt: skip
+
+
+class Program(NamedTuple):
+    """What to run, and on what."""
+
+    vcpus: int
+    geometry: tuple[int, int]
+    sampling: Sampling | None
+    records: int
+    slice_ns: int
+    budget: int
+    left: int
+    segments: list[Segment]
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Program:
+    """Any program on one to three vCPUs."""
+    vcpus = draw(st.integers(1, 3))
+    return Program(
+        vcpus=vcpus,
+        geometry=draw(st.sampled_from(((16, 4), (32, 16), (8, 2), (4, 4)))),
+        sampling=draw(st.none() | st.builds(Sampling, st.integers(0, 4), st.sampled_from((0, 64, 250)),
+                                            st.integers(0, 7))),
+        records=draw(st.integers(1, 12)),
+        slice_ns=draw(st.sampled_from((100, 1_000, 7_000))),
+        budget=draw(st.sampled_from((1 << 60, 4_000, 100))),
+        left=draw(st.sampled_from((-1, -1, 40))),
+        segments=draw(st.lists(segments(vcpus), min_size=1, max_size=4)),
+    )  # fmt: skip
+
+
+def accesses(data: bytes) -> list[Access]:
+    """Three bytes an access; every ninth or so meets a fault before it, or an exit."""
+    found = []
+    for page, where, extra in zip(data[::3], data[1::3], data[2::3], strict=False):
+        address = PAGES[page % len(PAGES)] << 12 | (where >> 2) << 6
+        kind = (LOAD, STORE, MODIFY, LOAD)[where & 3]
+        fault_ps = 1_500_000 if extra % 9 == 1 else 0
+        found.append(Access(address, kind, extra * 100, fault_ps, 2_500_000 if extra % 9 == 2 else 0))
+    return found
+
+
+def map_pages(gpt: Table, ept: Table, stamps: Table, owner: int) -> None:
+    """Every page has a frame and its content; some are not present, under PROT_NONE, or not mapped by the EPT."""
+    for index, page in enumerate(PAGES):
+        for turn, gpfn in enumerate((HOME[page], HOME[page] + GPA_PAGES // 2)):
+            slot = (2 * index + turn) * 53 % _SPARE if turn == 0 else SLOTS - 1 - index
+            ept[gpfn] = slot << FRAME_SHIFT | WRITABLE | (0 if index % 7 == 3 else PRESENT)
+        gpt[page] = HOME[page] << FRAME_SHIFT | WRITABLE | (0, PRESENT, PRESENT, PRESENT, PROTNONE)[index % 5]
+        stamps[ept[HOME[page]] >> FRAME_SHIFT] = owner | page << STAMP_PAGE_SHIFT
+
+
+def repair(gpt: Table, ept: Table, page: int) -> None:
+    """What a kernel that knows no policy does about a fault: map the page in both tables."""
+    gpt[page] = (gpt[page] | PRESENT | WRITABLE) & ~PROTNONE
+    gpfn = (gpt[page] & FRAME_MASK) >> FRAME_SHIFT
+    ept[gpfn] = (ept[gpfn] | PRESENT | WRITABLE) & ~PROTNONE
+
+
+def guest_acts(gpt: Table, ept: Table, stamps: Table, what: str, page: int) -> bool:
+    """Change the guest's table (and contents) as a kernel would; whether it now owes an INVLPG."""
+    if what.startswith("move"):
+        old = (gpt[page] & FRAME_MASK) >> FRAME_SHIFT
+        new = old ^ (GPA_PAGES // 2)
+        stamps[(ept[new] & FRAME_MASK) >> FRAME_SHIFT] = stamps[(ept[old] & FRAME_MASK) >> FRAME_SHIFT]
+        gpt[page] = (gpt[page] & ~FRAME_MASK) | new << FRAME_SHIFT
+        return what == "move"
+    if what == "age":
+        gpt[page] &= ~ACCESSED
+    elif what == "protect":
+        gpt[page] = (gpt[page] & ~PRESENT) | PROTNONE
+    elif what == "read-only":
+        gpt[page] &= ~WRITABLE
+    return what == "invlpg"
+
+
+class Pair:
+    """The engine and the reference side by side, given the same program."""
+
+    def __init__(self, program: Program, costs: Costs) -> None:
+        entries, ways = program.geometry
+        costs = small_costs(costs, stlb_entries=entries, stlb_ways=ways, load_latency_tag_interval=3)
+        machine = self.machine = bare_machine(costs, program.vcpus, seed=5, sampling=program.sampling)
+        machine.state[engine.S_SLICE_PS] = program.slice_ns * 1000
+        machine.state[engine.S_MLP_Q8] = 100
+        machine.state[engine.S_LEFT] = program.left
+        if program.sampling:
+            machine.ds.params[P_MAXIMUM], machine.ds.params[P_INTERRUPT] = program.records, max(1, program.records - 3)
+        map_pages(machine.gpt, machine.ept, machine.stamps, int(machine.state[engine.S_OWNER]))
+        self.reference = Reference(machine)
+        self.spare = iter(range(_SPARE, SLOTS - len(PAGES)))
+        self.drain = program.records % 2 == 0
+        self.budget = program.budget
+
+    def fill(self, index: int, data: bytes) -> None:
+        """New accesses for a vCPU that has none left."""
+        cpu, row, vcpus = self.reference.vcpus[index], self.machine.vcpus.field[index], self.machine.vcpus
+        if cpu.queue:
+            return
+        cpu.queue = accesses(data)
+        cpu.idle = False
+        row[vcpu.POSITION], row[vcpu.LENGTH], row[vcpu.IDLE] = 0, len(cpu.queue), 0
+        for name in ("address", "kind", "think_ps", "fault_ps", "exit_ps"):
+            getattr(vcpus, name)[index, : len(cpu.queue)] = [getattr(access, name) for access in cpu.queue]
+
+    def run(self, segment: Segment) -> bool:
+        """Run one segment; whether the program goes on."""
+        machine, reference = self.machine, self.reference
+        for index, data in enumerate(segment.accesses):
+            self.fill(index, data)
+        until = reference.now + segment.duration_ns * 1000
+        machine.state[engine.S_END_PS] = reference.end_ps = until
+        machine.state[engine.S_OPERATION] = 0
+        machine.budget[:] = self.budget
+        reference.budget = machine.budget.tolist()
+        operations = self.operations(segment, until)
+        records = np.array(operations, OPERATION)
+        while True:
+            reason = int(engine.run(machine, records, until))
+            assert reason == reference.run(operations, until)
+            reference.assert_same(machine)
+            event(("reached", "accesses", "fault", "PMI", "completed")[reason])
+            if reason in (REACHED, COMPLETED):
+                return reason == REACHED
+            self.resolve(reason)
+
+    def resolve(self, reason: int) -> None:
+        machine, cpu = self.machine, self.reference.vcpus[self.reference.turn]
+        row = machine.vcpus.field[self.reference.turn]
+        if reason == NEED_ACCESSES:
+            row[vcpu.IDLE], cpu.idle = 1, True
+        elif reason == FAULT:
+            page = cpu.queue[0].address >> 12
+            repair(machine.gpt, machine.ept, page)
+            repair(self.reference.gpt, self.reference.ept, page)
+        else:
+            assert reason == PMI
+            if self.drain:
+                row[vcpu.DS_INDEX] = 0
+                cpu.records.clear()
+
+    def operations(self, segment: Segment, until: int) -> list[tuple[int, int, int, int, int]]:
+        """Host operations of the segment, in order of time; those that no spare frame is left for are left out."""
+        found = []
+        for when, kind, which, protnone in segment.host:
+            time = min(until, self.reference.now + when * 1000)
+            gpfn = HOME[PAGES[which % len(PAGES)]]
+            if kind == OP_MOVE:
+                slot = next(self.spare, 0)
+                found += [(time, kind, 0, gpfn, slot)] if slot else []
+            else:
+                found.append((time, kind, PROTNONE if protnone else 0, gpfn, 1 + which % 3))
+        return sorted(found)
+
+    def after(self, segment: Segment) -> None:
+        """What the guest's kernel does between two segments."""
+        machine, reference = self.machine, self.reference
+        for what, which in segment.guest:
+            page = PAGES[which % len(PAGES)]
+            if what == "flush":
+                drop_guest_everywhere(machine.vcpus)
+                reference.guest_flush()
+                continue
+            if guest_acts(machine.gpt, machine.ept, machine.stamps, what, page):
+                drop_pages_everywhere(machine.vcpus, np.array([page], np.int64))
+            if guest_acts(reference.gpt, reference.ept, reference.stamps, what, page):
+                reference.invlpg([page])
+
+
+@settings(max_examples=FUZZ or 300, derandomize=not FUZZ)
+@given(program=programs())
+def test_engine_does_what_the_reference_does(program: Program, costs: Costs) -> None:
+    pair = Pair(program, costs)
+    for segment in program.segments:
+        if not pair.run(segment):
+            break
+        pair.after(segment)
+        pair.reference.assert_same(pair.machine)

@@ -1,0 +1,116 @@
+"""The conformance suite: what every registered policy owes, whoever wrote it.
+
+A third party's policy is checked by the same tests once its package is installed.
+"""
+
+import msgspec
+import pytest
+
+from guestd.params import resolve
+from guestd.tiering.policy import Policy, Tiering
+from guestd.tiering.registry import policies
+from proto.costs import Costs
+from proto.messages import Bye, Stop
+from tests.small_fleet import check_memory, new_fleet, run_fleet, small_guest, without_measured
+
+NAMES = sorted(policies())
+
+
+@pytest.fixture(params=NAMES)
+def policy(request: pytest.FixtureRequest) -> Policy:
+    return policies()[request.param]
+
+
+def test_no_content_is_lost_and_memory_is_conserved_at_every_barrier(policy: Policy, costs: Costs) -> None:
+    fleet = new_fleet(small_guest(costs, policy.name))
+    barriers = 0
+    while fleet.step():
+        check_memory(fleet)
+        barriers += 1
+    assert barriers > 5
+    assert fleet.host.failures == []
+    report = fleet.host.reports[0]
+    assert report["outcome"] == "ok"
+    assert report["integrity"]["mismatches"] == 0
+    workload = fleet.guests[0].workload
+    assert report["integrity"]["pages_checked"] == (workload.heat() > 0).sum()  # type: ignore[operator]
+    # Every access is checked, those of populating too: one store per page.
+    assert report["integrity"]["accesses_checked"] == report["transactions"] + report["integrity"]["pages_checked"]
+
+
+def test_the_same_spec_gives_the_same_report(policy: Policy, costs: Costs) -> None:
+    guests = [small_guest(costs, policy.name, vm=vm, seed=5 + vm, run_ms=30) for vm in range(2)]
+    first, second = run_fleet(*guests), run_fleet(*guests)
+    for vm in (0, 1):
+        assert without_measured(first[vm]) == without_measured(second[vm])
+    assert first[0]["transactions"] != first[1]["transactions"] or first[0]["access"] != first[1]["access"]
+
+
+def test_a_run_that_is_stopped_in_the_middle_reports_what_it_has(policy: Policy, costs: Costs) -> None:
+    fleet = new_fleet(small_guest(costs, policy.name, run_ms=10_000))
+    for _ in range(8):
+        assert fleet.step()
+    ((vm, message),) = fleet.host.stop("enough")
+    assert isinstance(message, Stop)
+    assert fleet.host.receive(vm, Bye(report=msgspec.json.encode(fleet.guests[vm].report()))) == []
+    assert fleet.host.done
+    report = fleet.host.reports[vm]
+    assert report["outcome"] == "stopped"
+    assert 0 < report["virtual_s"] < 10
+    assert report["integrity"]["mismatches"] == 0
+    check_memory(fleet)
+
+
+def test_cpu_is_booked_to_stages_if_and_only_if_the_policy_manages(policy: Policy, costs: Costs) -> None:
+    report = run_fleet(small_guest(costs, policy.name))[0]
+    cpu = report["agent_cpu"]
+    assert cpu["where"] == ("host" if policy.view == "host" else "guest")
+    for kind in ("measured_s", "modelled_s"):
+        stages = cpu[kind]["track"] + cpu[kind]["classify"] + cpu[kind]["migrate"]
+        assert (stages > 0) == (policy.view != "-")
+        assert stages <= cpu[kind]["total"]
+    moved = report["migration"]["promoted_pages"] + report["migration"]["demoted_pages"]
+    assert (moved > 0) == (policy.view != "-")
+    assert (report["migration"]["bytes"] > 0) == (moved > 0)
+
+
+def test_only_a_host_side_policy_asks_for_remote_flushes(policy: Policy, costs: Costs) -> None:
+    report = run_fleet(small_guest(costs, policy.name))[0]
+    requests, executions = report["kvm"]["remote_tlb_flush_requests"], report["kvm"]["tlb_flush"]
+    assert (report["flushes"]["remote_requests"] > 0) == (policy.view == "host")
+    assert (requests > 0) == (policy.view == "host")
+    assert report["kvm"]["remote_tlb_flush"] <= requests
+    # Requests coalesce: a vCPU executes one flush for all that come before its next entry.
+    assert executions <= requests * report["vcpus"]
+    assert report["instructions"]["invept_global"] == executions
+
+
+def test_its_declaration_is_complete(policy: Policy) -> None:
+    assert policy.summary
+    assert policy.source
+    assert set(policy.stages) == {"tracker", "classifier", "migrator"}
+    names = [param.name for param in policy.params]
+    assert len(names) == len(set(names))
+    assert set(policy.warm_up) <= set(names)
+    for param in policy.params:
+        assert param.help
+        assert param.source
+        for value in (param.default, policy.warm_up.get(param.name, param.default)):
+            assert type(value) is type(param.default)
+            assert not param.choices or value in param.choices
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                assert (param.minimum is None or value >= param.minimum) and (
+                    param.maximum is None or value <= param.maximum
+                )
+
+
+def test_a_policy_without_hooks_does_nothing_but_end_hint_faults(costs: Costs) -> None:
+    fleet = new_fleet(small_guest(costs))
+    fleet.run()
+    view = fleet.guests[0].view
+    tiering = Tiering(view, resolve((), {}))
+    first = int(view.on_node(0, view.pages, 1, 1)[0])
+    assert view.protect(first, 4) == 4
+    pages = view.on_node(first, 4, 1, 4)
+    assert tiering.on_hint_faults(pages).tolist() == [costs.hint_fault_ps] * 4
+    assert view.protect(first, 4) == 4, "the fault had taken PROT_NONE off again"

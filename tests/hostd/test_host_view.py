@@ -1,0 +1,139 @@
+"""The host's view: what it changes, it changes through timestamped operations and whole-VM flushes."""
+
+import numpy as np
+import pytest
+
+from fleet.in_process import private_memory
+from guestd.mm.nodes import FAST, INACTIVE, NO_PAGE, SLOW
+from guestd.tiering.registry import policies
+from hostd.host_view import PUD_PAGES, HostView
+from hostd.vm import Vm
+from proto.costs import Costs
+from proto.counters import C
+from proto.entry import ACCESSED, PROTNONE, YOUNG
+from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
+from proto.units import PAGE_SHIFT, PS_PER_S
+from tests.small_fleet import small_guest
+
+PAGES = 2048
+
+
+@pytest.fixture
+def vm(costs: Costs) -> Vm:
+    """A VM under h-tpp, all but 200 of its pages backed."""
+    config = small_guest(costs, "h-tpp", pages=PAGES, fast=512)
+    made = Vm(config, policies()["h-tpp"], private_memory(config))
+    made.ept_fault(0, np.arange(PAGES - 200))
+    return made
+
+
+def taken(view: HostView, until_ps: int = PS_PER_S) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    return np.frombuffer(view.take_operations(until_ps), OPERATION)
+
+
+def test_a_young_page_costs_a_flush_of_its_own_one_after_the_other(vm: Vm, costs: Costs) -> None:
+    view = vm.view
+    pages = np.arange(10)
+    vm.memory.ept[[1, 4]] |= ACCESSED
+    vm.memory.ept[7] |= YOUNG  # accessed before it was zapped
+    assert np.flatnonzero(view.test_and_clear_young(pages)).tolist() == [1, 4, 7]
+    found = taken(view)
+    assert found["kind"].tolist() == [OP_FLUSH] * 3
+    gap = costs.kick_base_ps + costs.kick_target_ps * view.vcpus
+    assert np.diff(found["time_ps"]).tolist() == [gap, gap]
+    assert not view.test_and_clear_young(pages).any()
+    assert taken(view).size == 0
+
+
+def test_a_range_is_zapped_whole_but_only_its_slow_pages_count(vm: Vm) -> None:
+    view = vm.view
+    slow = view.on_node(0, PAGES, SLOW, PAGES)
+    assert 0 < slow.size < PAGES - 200
+    assert view.protect(0, PAGES) == slow.size
+    (zap,) = taken(view)
+    assert (zap["kind"], zap["flags"], zap["a"], zap["b"]) == (OP_ZAP, PROTNONE, 0, PAGES)
+    assert vm.counters[C.vmstat__numa_pte_updates] == slow.size
+
+
+def test_a_range_is_notified_once_per_pud(costs: Costs) -> None:
+    pages = PUD_PAGES + 512
+    config = small_guest(costs, "h-tpp", pages=pages, fast=512)
+    view = Vm(config, policies()["h-tpp"], private_memory(config)).view
+    assert view.protect(256, pages - 256) == 0
+    zaps = taken(view)
+    assert zaps["a"].tolist() == [256, 256 + PUD_PAGES]
+    assert zaps["b"].tolist() == [PUD_PAGES, 256]
+    request = costs.kick_base_ps + costs.kick_target_ps * view.vcpus
+    assert zaps["time_ps"].tolist() == [0, costs.protect_pte_ps * PUD_PAGES + request]
+
+
+def test_moves_are_timed_and_their_frames_reserved_until_they_are_settled(vm: Vm, costs: Costs) -> None:
+    view = vm.view
+    pages = view.on_node(0, PAGES, FAST, 5)
+    old = view.frames(pages)
+    free = (view.free(FAST), view.free(SLOW))
+    assert view.move(pages, SLOW, 0).all()
+    # The thread sees the fast frames as free already, as they are at its own time; nobody can have them yet.
+    assert (view.free(FAST), view.free(SLOW)) == (free[FAST] + 5, free[SLOW] - 5)
+    assert vm.nodes.free_count[FAST] == free[FAST]
+    assert np.array_equal(view.frames(pages), old), "the table changes when the VM executes the move"
+    assert not view.move(pages, SLOW, 0).any()
+    assert not view.move(pages, FAST, 0).any()
+    found = taken(view)
+    assert found["kind"].tolist() == [OP_MOVE] * 5
+    assert np.array_equal(found["a"], pages)
+    assert (vm.nodes.page[found["b"]] == pages).all()
+    gaps = np.diff(found["time_ps"])
+    assert (gaps > costs.kick_base_ps + costs.copy_fast_slow_ps).all()
+    view.settle(int(found["time_ps"][2]))
+    assert vm.nodes.free_count[FAST] == free[FAST] + 2
+    assert (vm.nodes.page[old[:2]] == NO_PAGE).all()
+    view.settle(PS_PER_S)
+    assert vm.nodes.free_count[FAST] == free[FAST] + 5
+    assert view.free(FAST) == free[FAST] + 5
+
+
+def test_operations_wait_for_the_quantum_that_they_belong_to(vm: Vm) -> None:
+    view = vm.view
+    pages = view.on_node(0, PAGES, FAST, 6)
+    began = view.now
+    view.move(pages, SLOW, 0)
+    everything = np.linspace(began, view.now, 7).astype(np.int64)[:6].tolist()
+    first = taken(view, everything[2])
+    assert first["time_ps"].tolist() == everything[:2]
+    assert taken(view, everything[2]).size == 0
+    assert taken(view)["time_ps"].tolist() == everything[2:]
+
+
+def test_in_a_fault_a_move_is_done_at_once(vm: Vm) -> None:
+    view = vm.view
+    view.move(view.on_node(0, PAGES, FAST, 20), SLOW, 0)
+    taken(view)
+    view.settle(PS_PER_S)
+    pages = view.on_node(700, PAGES - 1000, SLOW, 3)
+    old = view.frames(pages)
+    vm.memory.stamps[old] = [101, 102, 103]
+    free = view.free(FAST)
+    view.in_fault = True
+    assert view.move(pages, FAST, 0, sync=True).all()
+    new = view.frames(pages)
+    assert (new < PAGES).all()
+    assert vm.memory.stamps[new].tolist() == [101, 102, 103]
+    assert view.free(FAST) == free - 3
+    assert taken(view).size == 0, "the VM waits: nothing can hold an old translation"
+
+
+def test_addresses_are_guest_physical(vm: Vm) -> None:
+    assert vm.view.address_bounds() == (0, PAGES << PAGE_SHIFT)
+    assert vm.view.page_range(1 << 21, 3 << 21) == (512, 1024)
+    assert vm.view.page_range(3 << 21, 1 << 40) == (1536, PAGES - 1536)
+    assert vm.view.page_range(1 << 40, 1 << 41) == (PAGES, 0)
+
+
+def test_pages_of_isolated_frames_are_gpa_pages(vm: Vm) -> None:
+    view = vm.view
+    frames = view.isolate(FAST, INACTIVE, 4)
+    # The list's tail is the oldest: the first pages that faulted.
+    assert view.pages_of(frames).tolist() == [0, 1, 2, 3]
+    nothing = np.zeros(4, np.bool_)
+    view.put_back(frames, nothing, nothing)
