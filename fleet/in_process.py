@@ -4,6 +4,7 @@ For warming up compiled code, for tests and for benchmarks of the engine. The me
 which VMs are served is fixed, which by the design of the barrier changes nothing.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable
 
@@ -15,11 +16,22 @@ from guestd.guest import Guest
 from guestd.guest_view import EptFaultCall
 from guestd.threads import Inline
 from hostd.core import HostCore
+from proto import memfd
 from proto.config import GuestConfig, HostConfig
 from proto.layout import VmMemory, segment_bytes, view_segment
 from proto.messages import Advance, Bye, EptFault, Hello, Mapped, Stop, ToGuest, Welcome
 
 _NO_SECRET = bytes(32)
+
+
+def shared_memory(config: GuestConfig) -> VmMemory:
+    """A VM's segment in a memfd of sealed size, as the host maps it for a process (no transparent huge pages)."""
+    size = segment_bytes(config.total_pages, config.vcpus)
+    fd = memfd.create(config.name, size)
+    try:
+        return view_segment(memfd.map_shared(fd, size), config.total_pages, config.vcpus)
+    finally:
+        os.close(fd)
 
 
 def private_memory(config: GuestConfig) -> VmMemory:
@@ -32,12 +44,13 @@ class InProcessFleet:
     """Both cores and the messages under way between them. ``guests``: VM -> Guest while it runs."""
 
     def __init__(self, host: HostConfig, guests: list[GuestConfig],
-                 make_guest: Callable[..., Guest] = Guest) -> None:  # fmt: skip
+                 make_guest: Callable[..., Guest] = Guest,
+                 make_memory: Callable[[GuestConfig], VmMemory] = private_memory) -> None:  # fmt: skip
         self.host = HostCore(host, guests)
         self.guests: dict[int, Guest] = {}
         self._inbox: deque[tuple[int, ToGuest]] = deque()
         for config in guests:
-            memory = private_memory(config)
+            memory = make_memory(config)
             self.host.attach(config.vm, memory)
             self.guests[config.vm] = make_guest(config, memory, self._hypercall(config.vm), Inline())
         for config in guests:

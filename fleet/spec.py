@@ -72,10 +72,14 @@ class Registries(NamedTuple):
 
 def installed() -> Registries:
     """Those of this installation, third parties' included."""
+    from guestd.tiering.policy import PluginError
     from guestd.tiering.registry import policies
     from guestd.workloads.registry import workloads
 
-    return Registries(policies(), workloads())
+    try:
+        return Registries(policies(), workloads())
+    except PluginError as error:
+        raise SpecError(str(error)) from error
 
 
 def load(

@@ -11,7 +11,7 @@ _LAW = "architecture: the invariance law; no figure may move by more than 2 % wi
 
 ENGINE_PARAMS = (
     Param(
-        "quantum", 10_000, "us", "virtual time between two barriers of the fleet", _LAW, minimum=100, maximum=1_000_000
+        "quantum", 4_000, "us", "virtual time between two barriers of the fleet", _LAW, minimum=100, maximum=1_000_000
     ),
     Param(
         "slice", 1_000, "us", "virtual time that a vCPU runs before the next one", _LAW, minimum=10, maximum=1_000_000

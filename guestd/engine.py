@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from guestd.invalidate import apply_operation
-from guestd.jit import inline, kernel, prefetch
+from guestd.jit import assume, inline, kernel, prefetch
 from guestd.pebs import (
     EVENT_LOAD,
     EVENT_STORE,
@@ -89,8 +89,8 @@ S_SLICE_PS = 10
 S_STLB_HIT_PS = 11
 STATE = 12
 
-CHUNK = 256
-"""Accesses per prefetch phase: their lines (three tables) fit the L2 cache of any machine."""
+CHUNK = 128
+"""Accesses per prefetch phase: their lines (three tables) fit the L1 cache of any machine."""
 
 _HUGE = (1 << TABLE_SHIFT << PAGE_SHIFT) - 1
 _OFFSET = (1 << PAGE_SHIFT) - 1
@@ -182,12 +182,15 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             prefetched = min(length, position + CHUNK)
             _prefetch_chunk(address, position, prefetched, gpt, ept, stamps)
 
+        assume(position >= 0)
         a = address[position]
+        assume(a >= 0)
         kind = kinds[position]
         page = a >> PAGE_SHIFT
         write = kind != LOAD
         g = gpt[page]
         index = page & (sets - 1)
+        assume(index >= 0)
         base = index * ways
         way = find(tlb, base, ways, page + 1, TLB_TAG_SHIFT)
         walk_ps = 0
@@ -225,6 +228,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             tlb[base + way] = (
                 ((page + 1) << TLB_TAG_SHIFT) | (frame << TLB_FRAME_SHIFT) | TLB_WRITABLE | (TLB_DIRTY if write else 0)
             )
+        assume(way >= 0)
         touch(recent, index, way, ways)
 
         slow = 1 if frame >= slow_frames else 0

@@ -13,7 +13,7 @@ from guestd.vcpu import CLOCK, EXIT_END, EXIT_START, FLUSH_AT_ENTRY, IDLE, Vcpus
 from proto.arrays import Words
 from proto.counters import C, Counters
 from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE, YOUNG
-from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP
+from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP
 
 # Indices of guestd.engine's state vector that are needed here (engine imports this file).
 SLOW_FRAMES = 6
@@ -83,6 +83,14 @@ def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, opera
         counters[C.kvm__mmu_zapped] += zapped
         if zapped > 0:
             request_flush(vcpus, state, now, counters)
+    elif operation.kind == OP_STALL:
+        field = vcpus.field[operation.a]
+        field[EXIT_START] = field[CLOCK]
+        field[CLOCK] += operation.b
+        field[EXIT_END] = field[CLOCK]
+        field[FLUSH_AT_ENTRY] = 0
+        counters[C.time__exit_ps] += operation.b
+        counters[C.time__stolen_ps] += operation.b
     elif operation.kind == OP_MOVE:
         if _zap(ept, operation.a):
             counters[C.kvm__mmu_zapped] += 1

@@ -42,6 +42,25 @@ prefetch: Callable[[Any, int], None] = cast(Any, intrinsic(_prefetch))
 """``prefetch(array, index)``: ask for the cache line of an element (to read, all levels); it changes no result."""
 
 
+def _assume(typingctx: Any, condition: Any) -> Any:
+    signature = types.void(types.boolean)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        from llvmlite import ir
+
+        bit = ir.IntType(1)
+        function = builder.module.declare_intrinsic("llvm.assume", [], fnty=ir.FunctionType(ir.VoidType(), [bit]))
+        builder.call(function, [context.cast(builder, args[0], types.boolean, types.boolean)])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+assume: Callable[[bool], None] = cast(Any, intrinsic(_assume))
+"""``assume(condition)``: a promise to the compiler. ``assume(index >= 0)`` spares it the wrap-around of negative
+indices, which costs three instructions an access and turns a vector load into a gather."""
+
+
 def _prefetch_type(pointer: Any, int32: Any) -> Any:
     from llvmlite import ir
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from numba.cpython.unsafe.numbers import trailing_zeros
 
-from guestd.jit import inline, kernel
+from guestd.jit import assume, inline, kernel
 from proto.arrays import Words
 from proto.entry import FRAME_BITS
 
@@ -28,6 +28,7 @@ WALK_WAYS = 4
 @inline
 def find(tags: Words, base: int, ways: int, tag: int, shift: int) -> int:
     """The way of the set at ``base`` that holds ``tag``, or -1. Branch-free, so that a hit costs no misprediction."""
+    assume(base >= 0)
     hit = -1
     for way in range(ways):
         if (tags[base + way] >> shift) == tag:
@@ -54,6 +55,7 @@ def victim(recent: Words, index: int) -> int:
 def lookup_or_insert(tags: Words, recent: Words, key: int) -> bool:
     """Look ``key`` up in a 4-way cache of tags (int64[entries], recent: int64[entries/4]); insert it on a miss."""
     index = key & (recent.size - 1)
+    assume(index >= 0)
     base = index * WALK_WAYS
     way = find(tags, base, WALK_WAYS, key + 1, 0)
     hit = way >= 0

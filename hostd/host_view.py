@@ -18,7 +18,7 @@ from proto.arrays import Ints, Words
 from proto.config import GuestConfig
 from proto.counters import C, Counters
 from proto.entry import DIRTY, FRAME_MASK, FRAME_SHIFT, PROTNONE, WRITABLE, YOUNG
-from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION, VmMemory
+from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP, OPERATION, VmMemory
 from proto.units import PAGE_SHIFT
 
 PUD_PAGES = 1 << 18
@@ -68,6 +68,10 @@ class HostView(PageView):
         records["time_ps"], records["kind"], records["flags"] = times, kind, flags
         records["a"], records["b"] = a, b
         self._operations.append(records)
+
+    def stall(self, vcpu: int, start_ps: int, duration_ps: int) -> None:
+        """The VM's thread for ``vcpu`` does the host's work (task context) instead of running the guest."""
+        self._emit(OP_STALL, np.array([start_ps]), np.array([vcpu]), np.array([duration_ps]))
 
     def take_operations(self, until_ps: int) -> bytes:
         """Operations due before ``until_ps``, in order of time; later ones stay."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from guestd.events import EventLog
 from guestd.jit import kernel
-from guestd.meter import HOST_THREAD, Meter
+from guestd.meter import HOST_THREAD, TASK, Meter
 from guestd.mm.nodes import FAST, NO_PAGE, SLOW, Nodes, allocate, lru_add, new_nodes, take_free
 from guestd.params import resolve
 from guestd.tiering.policy import Policy, Tiering
@@ -82,6 +82,7 @@ class Vm:
         """CPU that this host spent on the VM: faults and host-side tiering."""
         self._timers: list[tuple[int, int, str]] = []
         self._sequence = 0
+        self._next_task_vcpu = 0
         self._tick_ps = PS_PER_S // config.kernel.hz
         self._next_tick_ps = config.start_ps + self._tick_ps
         self._until_ps = 0
@@ -149,7 +150,12 @@ class Vm:
                 break
             self.meter.now = max(now_ps, due)
             if timer <= self._next_tick_ps:
+                before = int(self.meter.modelled_ps[TASK].sum())
                 self.tiering.on_timer(heapq.heappop(self._timers)[2])
+                in_task = int(self.meter.modelled_ps[TASK].sum()) - before
+                if in_task:
+                    self._next_task_vcpu = (self._next_task_vcpu + 1) % self.config.vcpus
+                    self.view.stall(self._next_task_vcpu, max(now_ps, due), in_task)
             else:
                 self._next_tick_ps += self._tick_ps
                 mark = self.tiering.reclaim_mark

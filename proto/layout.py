@@ -20,6 +20,9 @@ OP_ZAP = 2
 OP_MOVE = 3
 """Zap gPA frame a, flush, copy its content to frame slot b, map it there."""
 
+OP_STALL = 4
+"""vCPU a is outside guest mode for b ps: its thread works for the host (task_work before it enters again)."""
+
 OPERATION = np.dtype([("time_ps", "<i8"), ("kind", "<i4"), ("flags", "<i4"), ("a", "<i8"), ("b", "<i8")])
 """A host operation on a VM at a virtual time. ``flags``: PROTNONE or 0 for OP_ZAP (set on slow leaves)."""
 

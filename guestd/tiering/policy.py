@@ -27,6 +27,10 @@ class Sampling(NamedTuple):
     store_period: int
 
 
+class PluginError(Exception):
+    """A third party's policy cannot be used; the message names its entry point."""
+
+
 class Tiering:
     """A running policy on one view. Hooks are called on the agent's thread; work is charged through ``view.meter``.
 

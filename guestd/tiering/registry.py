@@ -4,16 +4,27 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from guestd.tiering import hyperplace, none, oracle, tpp
-from guestd.tiering.policy import Policy
+from guestd.tiering.policy import PluginError, Policy
 
 GROUP = "tierfleet.policies"
+BUILT_IN = (none.POLICY, oracle.POLICY, tpp.G_TPP, tpp.H_TPP, hyperplace.POLICY)
 
 
 @cache
 def policies() -> dict[str, Policy]:
-    """Name -> policy; a third party's may not take a built-in name (it is left out then)."""
-    found = {policy.name: policy for policy in (none.POLICY, oracle.POLICY, tpp.G_TPP, tpp.H_TPP, hyperplace.POLICY)}
+    """Name -> policy. Raises PluginError if a third party's cannot be loaded or takes a name that is taken."""
+    found = {policy.name: policy for policy in BUILT_IN}
     for point in entry_points(group=GROUP):
-        policy = point.load()
-        found.setdefault(policy.name, policy)
+        where = f"the policy plug-in {point.name!r} ({point.value})"
+        try:
+            policy = point.load()
+        except Exception as error:  # whatever a third party's module raises when it is imported
+            raise PluginError(
+                f"{where} cannot be loaded: {type(error).__name__}: {error}; fix or uninstall it"
+            ) from error
+        if not isinstance(policy, Policy):
+            raise PluginError(f"{where} is no guestd.tiering.policy.Policy")
+        if policy.name in found:
+            raise PluginError(f"{where} is named {policy.name!r}, which there is already; give it another name")
+        found[policy.name] = policy
     return found

@@ -1,13 +1,17 @@
 """fleet.run: one command from flags to results, with what is printed where."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
-from fleet import run
+from fleet import numba_cache, run
+from proto.trace import read_trace, touched_pages
 
 ROOT = Path(run.__file__).parent.parent
 SMALL = ("--vms", "2", "--policy", "g-tpp", "--memory", "16MiB", "--transactions", "20000", "--seed", "5")
@@ -47,3 +51,221 @@ def test_a_run_ends_with_table_and_figure_and_never_overwrites_another(tmp_path:
     assert len(refused.stderr.splitlines()) == 1
     assert "not empty" in refused.stderr
     assert (tmp_path / "out" / "summary.json").read_bytes() == before
+
+
+# --- acceptance: whole runs of real processes, as a user starts them -------------------------------------------------
+
+EVERY_DESIGN = """
+memory = "32MiB"
+vcpus = 2
+seconds = 0.6
+seed = 1
+[[group]]
+policy = "none"
+[[group]]
+policy = "oracle"
+[[group]]
+policy = "g-tpp"
+set.policy = { scan_delay_ms = 0, scan_period_min_ms = 20 }
+[[group]]
+vms = 2
+policy = "h-tpp"
+set.policy = { scan_delay_ms = 0, scan_period_min_ms = 20 }
+[[group]]
+policy = "hyperplace"
+seconds = 0.4
+set.policy = { load_period = 101, epoch_ms = 20, tau_split = 2, initial = "ram" }
+"""
+"""All built-in designs beside each other, each quick enough to act within a second; they end at different times."""
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("spec") / "every_design.toml"
+    path.write_text(EVERY_DESIGN)
+    return path
+
+
+@pytest.fixture(scope="module")
+def every_design(spec: Path) -> dict[str, Any]:
+    """The summary of one such run, and what the cache of kernels holds after it."""
+    out = spec.parent / "out"
+    done = fleet(spec, "--json", "--out", out)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    (warm_ns,) = [line["time_ns"] for line in log if line["process"] == "zygote" and line["message"].startswith("warm")]
+    files = [path for path in numba_cache.cache_directory().rglob("*") if path.is_file()]
+    summary["cache"] = {"files": len(files), "late": [path.name for path in files if path.stat().st_mtime_ns > warm_ns]}
+    return summary
+
+
+def by_policy(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {vm["policy"]: vm for vm in summary["vms"]}
+
+
+@pytest.mark.timeout(400)
+def test_no_design_loses_content_and_every_page_is_checked(every_design: dict[str, Any]) -> None:
+    assert every_design["outcome"] == "ok"
+    assert every_design["errors"] == []
+    for vm in every_design["vms"]:
+        assert vm["integrity"]["mismatches"] == 0
+        assert vm["integrity"]["pages_checked"] == (32 << 20) // 4096 * 7 // 8, "GUPS touches 7/8 of memory"
+        assert vm["integrity"]["accesses_checked"] == vm["transactions"] + vm["integrity"]["pages_checked"]
+
+
+@pytest.mark.timeout(400)
+def test_only_the_host_has_to_flush_whole_vms(every_design: dict[str, Any]) -> None:
+    for vm in every_design["vms"]:
+        assert (vm["flushes"]["remote_requests"] > 0) == (vm["policy"] == "h-tpp")
+        assert vm["kvm"]["tlb_flush"] <= vm["kvm"]["remote_tlb_flush_requests"] * vm["vcpus"]
+        assert vm["flushes"]["total"] == vm["flushes"]["single"] + vm["flushes"]["remote_requests"]
+    found = by_policy(every_design)
+    assert found["g-tpp"]["flushes"]["total"] > 0
+    assert found["none"]["flushes"]["total"] == found["oracle"]["flushes"]["total"] == 0
+
+
+@pytest.mark.timeout(400)
+def test_placement_pays_and_the_oracle_gains_most(every_design: dict[str, Any]) -> None:
+    fast = {policy: vm["access"]["fast_ratio"] for policy, vm in by_policy(every_design).items()}
+    assert fast["none"] < fast["hyperplace"] < fast["oracle"]
+    assert max(fast, key=lambda policy: fast[policy]) == "oracle"
+    assert fast["none"] < fast["g-tpp"]
+
+
+@pytest.mark.timeout(400)
+def test_the_ledger_of_every_guest_closes(every_design: dict[str, Any]) -> None:
+    for vm in every_design["vms"]:
+        cpu = vm["process_cpu"]
+        assert cpu["runtime_s"] > 0
+        assert cpu["residue_ratio"] <= 0.02
+        parts = cpu["vcpu_s"] + cpu["agent_s"] + cpu["control_s"] + cpu["runtime_s"]
+        assert parts == pytest.approx(cpu["wait4_s"], rel=0.02)
+
+
+@pytest.mark.timeout(400)
+def test_no_guest_compiles_anything(every_design: dict[str, Any]) -> None:
+    assert every_design["cache"]["files"] > 0
+    assert every_design["cache"]["late"] == [], "written once the zygote was warm"
+
+
+BUSY = "import os\nwhile os.getppid() == {parent}: pass"
+
+
+@pytest.mark.timeout(400)
+def test_the_digest_does_not_depend_on_the_machine(spec: Path, every_design: dict[str, Any], tmp_path: Path) -> None:
+    # All processes of the second run on one core, where somebody else is busy all the time.
+    neighbour = subprocess.Popen(["taskset", "-c", "0", sys.executable, "-c", BUSY.format(parent=os.getpid())])
+    try:
+        command = ["taskset", "-c", "0", sys.executable, "-m", "fleet", "run", str(spec), "--json"]
+        done = subprocess.run(
+            [*command, "--out", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+    summary = json.loads(done.stdout)
+    for mine, first in zip(summary["vms"], every_design["vms"], strict=True):
+        assert mine["access"] == first["access"]
+        assert mine["vmstat"] == first["vmstat"]
+        assert mine["kvm"] == first["kvm"]
+    assert summary["host"]["tiers"] == every_design["host"]["tiers"]
+    assert summary["digest"] == every_design["digest"]
+
+
+BUSY_AGENTS = """
+memory = "64MiB"
+vcpus = 4
+seconds = 3.5
+seed = 1
+[[group]]
+policy = "g-tpp"
+set.policy = { scan_delay_ms = 0, scan_period_min_ms = 1, active_filter = false }
+[[group]]
+policy = "hyperplace"
+set.policy = { load_period = 1, load_latency_ns = 3, store_period = 1 }
+set.guest.sched_slice = "100us"
+"""
+
+
+def agent_cpu_ns(guest: psutil.Process) -> int | None:
+    """What the kernel says of the thread named ``agent``, from outside; None once it is gone."""
+    for task in Path(f"/proc/{guest.pid}/task").glob("*"):
+        try:
+            if (task / "comm").read_text() == "agent\n":
+                return int((task / "schedstat").read_text().split()[0])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return None
+
+
+@pytest.mark.timeout(400)
+def test_what_the_run_says_of_its_agents_is_what_is_seen_from_outside(tmp_path: Path) -> None:
+    (tmp_path / "spec.toml").write_text(BUSY_AGENTS)
+    command = [sys.executable, "-m", "fleet", "run", str(tmp_path / "spec.toml"), "--json", "--out", tmp_path / "out"]
+    seen: dict[str, int] = {}
+    with subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE) as launched:
+        family = psutil.Process(launched.pid)
+        while True:
+            try:
+                output, _ = launched.communicate(timeout=0.02)
+                break
+            except subprocess.TimeoutExpired:
+                pass
+            for process in family.children(recursive=True):
+                try:
+                    title = "".join(process.cmdline())
+                    if title.startswith("fleet: vm") and (cpu := agent_cpu_ns(process)) is not None:
+                        seen[title] = cpu
+                except psutil.Error:
+                    continue
+    assert launched.returncode == 0
+    for vm in json.loads(output)["vms"]:
+        outside_s = seen[f"fleet: vm{vm['id']} {vm['policy']} gups"] / 1e9
+        total_s = vm["agent_cpu"]["measured_s"]["total"]
+        assert outside_s > 0.5, "the comparison means something"
+        assert abs(outside_s - total_s) <= max(0.05 * outside_s, 0.1)
+        assert vm["process_cpu"]["residue_ratio"] <= 0.02
+        stages = sum(vm["agent_cpu"]["measured_s"][stage] for stage in ("track", "classify", "migrate", "other"))
+        assert stages == pytest.approx(total_s)
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_guest_is_reported_and_costs_no_other(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fleet", "run", "--vms", "3", "--memory", "16MiB", "--seconds", "3",
+               "--json", "--out", str(tmp_path / "out")]  # fmt: skip
+    killed = False
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as launched:
+        family = psutil.Process(launched.pid)
+        while True:
+            try:
+                output, errors = launched.communicate(timeout=0.02)
+                break
+            except subprocess.TimeoutExpired:
+                pass
+            for process in [] if killed else family.children(recursive=True):
+                try:
+                    if "".join(process.cmdline()).startswith("fleet: vm1 ") and agent_cpu_ns(process):
+                        process.kill()
+                        killed = True
+                except psutil.Error:
+                    continue
+    assert (launched.returncode, b"Traceback" in errors) == (1, False)
+    summary = json.loads(output)
+    assert summary["outcome"] == "failed"
+    assert [(error["vm"], error["kind"]) for error in summary["errors"]] == [(1, "killed")]
+    assert "SIGKILL" in summary["errors"][0]["message"]
+    assert [vm["outcome"] for vm in summary["vms"]] == ["ok", "failed", "ok"]
+    assert all(summary["vms"][vm]["virtual_s"] == 3.0 for vm in (0, 2))
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("policy", ["g-tpp", "hyperplace"])
+def test_a_trace_touches_the_pages_that_it_names(policy: str, tmp_path: Path) -> None:
+    file = ROOT / "examples" / "hot_set.trace"
+    done = fleet("--policy", policy, "--workload", "trace", "--set", f"workload.file={file}", "--memory", "16MiB",
+                 "--seconds", "0.5", "--json", "--out", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (vm,) = json.loads(done.stdout)["vms"]
+    assert vm["integrity"]["mismatches"] == 0
+    assert vm["integrity"]["pages_checked"] == touched_pages(read_trace(file)).size

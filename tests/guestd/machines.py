@@ -117,9 +117,24 @@ def guest_config(
     return msgspec.structs.replace(config, **changes)
 
 
+def start_fleet(config: GuestConfig, make_guest: Callable[..., Guest] = Guest) -> InProcessFleet:
+    """One guest with its host, before the first message."""
+    host = HostConfig(costs=config.costs, engine=config.engine, sample_ps=config.sample_ps)
+    return InProcessFleet(host, [config], make_guest)
+
+
+def running_guest(config: GuestConfig) -> Guest:
+    """A guest at a barrier of its run phase; the host serves its EPT faults."""
+    fleet = start_fleet(config)
+    guest = fleet.guests[config.vm]
+    while guest.phase == "populate":
+        assert fleet.step()
+    assert not guest.finished
+    return guest
+
+
 def run_guest(config: GuestConfig, make_guest: Callable[..., Guest] = Guest) -> tuple[Guest, dict[str, Any]]:
     """Run one guest with its host to the end: the guest as it was left, and its report."""
-    host = HostConfig(costs=config.costs, engine=config.engine, sample_ps=config.sample_ps)
-    fleet = InProcessFleet(host, [config], make_guest)
+    fleet = start_fleet(config, make_guest)
     guest = fleet.guests[config.vm]
     return guest, fleet.run().reports[config.vm]

@@ -356,7 +356,7 @@ class Reference:
         """Everything that depends on the EPT."""
         self.guest_flush([cpu])
         cpu.nested.clear()
-
+        cpu.ept_pde.clear()
         cpu.ept_upper = False
 
     def operate(self, time: int, kind: int, flags: int, a: int, b: int) -> None:

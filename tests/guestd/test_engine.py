@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import MutableSequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import event, given, settings
@@ -11,10 +12,13 @@ from hypothesis import strategies as st
 
 from guestd import engine, vcpu
 from guestd.engine import COMPLETED, FAULT, LOAD, MODIFY, NEED_ACCESSES, PMI, REACHED, STORE, Machine
+from guestd.guest import Guest
 from guestd.pebs import P_INTERRUPT, P_MAXIMUM
 from guestd.tiering.policy import Sampling
 from guestd.vcpu import drop_guest_everywhere, drop_pages_everywhere
+from proto.config import Scalar
 from proto.costs import Costs
+from proto.counters import C
 from proto.entry import (
     ACCESSED,
     FRAME_MASK,
@@ -25,7 +29,8 @@ from proto.entry import (
     WRITABLE,
 )
 from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
-from tests.guestd.machines import GPA_PAGES, SLOTS, TABLES, bare_machine, small_costs
+from proto.units import PS_PER_S
+from tests.guestd.machines import GPA_PAGES, SLOTS, TABLES, bare_machine, guest_config, run_guest, small_costs
 from tests.guestd.reference import Access, Reference
 
 FUZZ = int(os.environ.get("FUZZ_EXAMPLES", "0"))
@@ -35,8 +40,8 @@ PAGES = [table << 9 | 3 * i for i in range(8) for table in range(TABLES)]
 """Pages that programs touch: several per leaf table, so that every cache overflows."""
 HOME = {page: (page * 37 + 5) % (GPA_PAGES // 2) for page in PAGES}
 """gPA frame of each page; frame + GPA_PAGES // 2 is where the guest moves it to and back."""
-_SPARE = 2 * len(PAGES)
-"""First frame slot for host moves: the slots below back a page's two gPA frames."""
+_SPARE = len(PAGES)
+"""First frame slot for host moves: those below, and as many at the end, back the two gPA frames of each page."""
 
 Table = MutableSequence[int]
 
@@ -114,7 +119,7 @@ def map_pages(gpt: Table, ept: Table, stamps: Table, owner: int) -> None:
     """Every page has a frame and its content; some are not present, under PROT_NONE, or not mapped by the EPT."""
     for index, page in enumerate(PAGES):
         for turn, gpfn in enumerate((HOME[page], HOME[page] + GPA_PAGES // 2)):
-            slot = (2 * index + turn) * 53 % _SPARE if turn == 0 else SLOTS - 1 - index
+            slot = index if turn == index % 2 else SLOTS - 1 - index
             ept[gpfn] = slot << FRAME_SHIFT | WRITABLE | (0 if index % 7 == 3 else PRESENT)
         gpt[page] = HOME[page] << FRAME_SHIFT | WRITABLE | (0, PRESENT, PRESENT, PRESENT, PROTNONE)[index % 5]
         stamps[ept[HOME[page]] >> FRAME_SHIFT] = owner | page << STAMP_PAGE_SHIFT
@@ -246,3 +251,90 @@ def test_engine_does_what_the_reference_does(program: Program, costs: Costs) -> 
             break
         pair.after(segment)
         pair.reference.assert_same(pair.machine)
+
+
+def access_parts(guest: Guest) -> int:
+    """What counters say that the run phase cost all vCPUs together, ps, but for kernel threads and interrupts."""
+    assert guest.populated is not None
+    spent = guest.machine.counters - guest.populated.counters
+    names = (C.access__stall_ps, C.access__think_ps, C.time__fault_ps, C.time__exit_ps, C.time__throttle_ps)
+    switches = 2 * guest.config.costs.context_switch_ps * int(spent[C.vmstat__context_switches])
+    return sum(int(spent[name]) for name in names) + switches
+
+
+def run_clock(guest: Guest) -> int:
+    """Virtual time that all vCPUs together spent in the run phase, ps."""
+    return int((guest.machine.vcpus.field[:, vcpu.CLOCK] - guest.run_started_ps).sum())
+
+
+@pytest.mark.parametrize("vcpus", [1, 3])
+@pytest.mark.parametrize(("workload", "params"), [("gups", {"think_ns": 7.5}), ("scan", {"write_every": 3})])
+def test_clocks_are_the_sum_of_their_parts(workload: str, params: dict[str, Scalar], vcpus: int, costs: Costs) -> None:
+    guest, report = run_guest(guest_config(costs, workload=workload, workload_params=params, vcpus=vcpus))
+    assert run_clock(guest) == access_parts(guest)
+    access = report["access"]
+    assert access["fast"] + access["slow"] == access["total"] == report["integrity"]["accesses_checked"] - touched(guest)
+    assert access["walks"] == access["tlb_misses"] + access["dirty_assists"]
+    assert int(guest.machine.vcpus.histogram.sum()) == access["total"]
+    assert report["integrity"]["mismatches"] == 0
+
+
+def test_a_throttled_guest_waits_for_the_quantum_and_its_clock_still_adds_up(costs: Costs) -> None:
+    slow = msgspec.structs.replace(costs.slow, read_bandwidth=200_000_000, write_bandwidth=200_000_000)
+    guest, report = run_guest(guest_config(msgspec.structs.replace(costs, slow=slow)))
+    assert report["time"]["throttle_s"] > 0
+    assert run_clock(guest) == access_parts(guest)
+    quantum = guest.config.engine.quantum_ps
+    quanta = -(-guest.ended_ps // quantum) - guest.run_started_ps // quantum
+    # A quantum may overdraw its budget by the one access that is under way.
+    moved = report["access"]["slow"] * slow.granule_bytes
+    assert moved <= quanta * (200_000_000 * quantum // PS_PER_S + slow.granule_bytes)
+
+
+def test_sampling_and_draining_take_the_vcpu_s_time(costs: Costs) -> None:
+    params: dict[str, Scalar] = {"load_period": 7, "tau_split": 1_000_000}
+    guest, report = run_guest(guest_config(costs, "hyperplace", params))
+    assert guest.populated is not None
+    spent = guest.machine.counters - guest.populated.counters
+    assert report["pebs"]["pmi"] > 0
+    # Nothing migrates, so all that is stolen is records, PMIs (their exit is counted as an exit, too) and the agent.
+    assert run_clock(guest) == access_parts(guest) - int(spent[C.time__exit_ps]) + int(spent[C.time__stolen_ps])
+
+
+def touched(guest: Guest) -> int:
+    """Accesses of the populate phase."""
+    assert guest.populated is not None
+    return int(guest.populated.counters[C.access__total])
+
+
+def test_latency_of_a_working_set_in_fast_memory_is_the_hand_computed_one(costs: Costs) -> None:
+    """All pages fast, all translations in the TLB: an update costs think + (TLB hit + DRAM latency) / MLP."""
+    params: dict[str, Scalar] = {"footprint": 0.3, "distribution": "uniform", "mlp": 4.0, "think_ns": 2.0}
+    fast = msgspec.structs.replace(costs.fast, curve=((0, 1000), (1000, 1000)))
+    costs = msgspec.structs.replace(costs, fast=fast, context_switch_ps=0)
+    guest, report = run_guest(guest_config(costs, workload_params=params, fast_pages=2048, transactions=100_000, run_ps=0))
+    assert report["access"]["slow"] == 0
+    each = 2_000 + (costs.stlb_hit_ps + fast.latency_random_ps) // 4
+    local = 2_000 + (costs.stlb_hit_ps + fast.latency_local_ps) // 4
+    assert each == local
+    access = report["access"]
+    assert access["total"] == 100_000
+    # 1228 pages fit the 2048 entries but for sets that overflow; each walk costs its own price instead of the hit's.
+    walked = access["walks"] * (report["access"]["walk_ns_mean"] * 1000 - costs.stlb_hit_ps) / 4
+    assert run_clock(guest) == pytest.approx(100_000 * each + walked, abs=access["walks"] + 1)
+
+
+def test_hit_ratio_of_uniform_accesses_is_the_share_of_pages_that_the_tlb_holds(costs: Costs) -> None:
+    """Pages fill the sets evenly, so each access finds one of `ways` out of pages / sets: entries / pages in all.
+
+    Under independent uniform accesses any replacement that ignores the future has this hit ratio.
+    """
+    params: dict[str, Scalar] = {"footprint": 0.75, "distribution": "uniform"}
+    config = guest_config(costs, workload_params=params, transactions=400_000, run_ps=0)
+    _, report = run_guest(config)
+    pages, total = 3072, 400_000
+    hit = 1 - report["access"]["tlb_misses"] / total
+    # Start-up adds at most `entries` misses; the noise is binomial, 5 sigma of it and the start-up are allowed.
+    share = costs.stlb_entries / pages
+    sigma = (share * (1 - share) / total) ** 0.5
+    assert share - 5 * sigma - costs.stlb_entries / total <= hit <= share + 5 * sigma

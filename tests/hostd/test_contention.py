@@ -133,7 +133,7 @@ def test_the_damping_does_not_depend_on_the_quantum(costs: Costs) -> None:
 
 @pytest.mark.parametrize("left", [0, 1])
 def test_who_has_left_has_no_part_in_the_quanta_that_follow(left: int, costs: Costs) -> None:
-    def next_budget(*stay: int) -> dict[int, Any]:
+    def next_budget(*stay: int) -> dict[str, Any]:
         contention = settled(costs, [[1 << 30] * 4, [1 << 20] * 4])
         contention.keep(list(stay))
         contention.close_quantum(QUANTUM)

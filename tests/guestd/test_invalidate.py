@@ -1,0 +1,180 @@
+"""What host operations do to a VM's vCPUs: kicks, coalescing, zaps, moves."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guestd import engine
+from guestd.engine import NEED_ACCESSES, REACHED, STORE, Machine
+from guestd.vcpu import CLOCK, EPT_UPPER, FLUSH_AT_ENTRY, GUEST_UPPER, IDLE
+from proto.costs import Costs
+from proto.counters import C
+from proto.entry import (
+    ACCESSED,
+    DIRTY,
+    FRAME_MASK,
+    FRAME_SHIFT,
+    PRESENT,
+    PROTNONE,
+    STAMP_PAGE_SHIFT,
+    WRITABLE,
+    YOUNG,
+)
+from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
+from proto.units import PS_PER_NS
+from tests.guestd.machines import SLOTS, bare_machine, small_costs, touch_pages
+
+US = 1000 * PS_PER_NS
+
+
+def mapped(costs: Costs, vcpus: int, pages: int = 16) -> Machine:
+    """Pages 0.. mapped to gPA frames 100.. and those to slots 0..; no vCPU has anything to run."""
+    machine = bare_machine(small_costs(costs), vcpus)
+    for page in range(pages):
+        machine.gpt[page] = (100 + page) << FRAME_SHIFT | PRESENT | WRITABLE
+        machine.ept[100 + page] = page << FRAME_SHIFT | PRESENT | WRITABLE
+        machine.stamps[page] = machine.state[engine.S_OWNER] | page << STAMP_PAGE_SHIFT
+    return machine
+
+
+def run(machine: Machine, until: int, *operations: tuple[int, int, int, int, int]) -> int:
+    """Run to ``until`` ps; vCPUs that have nothing left to do halt."""
+    machine.state[[engine.S_OPERATION, engine.S_END_PS]] = 0, until
+    records = np.array(sorted(operations), OPERATION)
+    while (reason := int(engine.run(machine, records, until))) == NEED_ACCESSES:
+        machine.vcpus.field[machine.state[engine.S_TURN], IDLE] = 1
+    return reason
+
+
+def busy(machine: Machine) -> None:
+    """Give every vCPU more to do than any test lets it."""
+    machine.vcpus.field[:, IDLE] = 0
+    for vcpu in range(machine.vcpus.field.shape[0]):
+        touch_pages(machine, vcpu, list(range(16)) * 200)
+
+
+def flush(time: int) -> tuple[int, int, int, int, int]:
+    """A flush request."""
+    return time, OP_FLUSH, 0, 0, 0
+
+
+def test_a_request_kicks_every_vcpu_in_guest_mode_once(costs: Costs) -> None:
+    machine = mapped(costs, 3)
+    busy(machine)
+    assert run(machine, 20 * US, flush(5 * US)) == REACHED
+    count = machine.counters
+    assert count[C.kvm__remote_tlb_flush_requests] == count[C.kvm__remote_tlb_flush] == 1
+    assert count[C.exit__kick] == count[C.kvm__tlb_flush] == count[C.instr__invept_global] == 3
+    lost = 3 * (costs.vmexit_ps + costs.invept_ps)
+    assert count[C.time__exit_ps] == count[C.time__stolen_ps] == lost
+
+
+@given(requests=st.lists(st.integers(0, 100), min_size=1, max_size=30), vcpus=st.integers(1, 4))
+def test_requests_within_one_exit_flush_once(requests: list[int], vcpus: int, costs: Costs) -> None:
+    """All requests fall within 100 ns, the exit that the first causes takes longer than that."""
+    machine = mapped(costs, vcpus)
+    busy(machine)
+    run(machine, 20 * US, *(flush(5 * US + after * PS_PER_NS) for after in requests))
+    assert machine.counters[C.kvm__remote_tlb_flush_requests] == len(requests)
+    assert machine.counters[C.kvm__remote_tlb_flush] == 1
+    assert machine.counters[C.kvm__tlb_flush] == vcpus
+
+
+@given(requests=st.lists(st.integers(0, 19_000), max_size=40), vcpus=st.integers(1, 4))
+def test_executions_never_exceed_requests_times_vcpus(requests: list[int], vcpus: int, costs: Costs) -> None:
+    machine = mapped(costs, vcpus)
+    busy(machine)
+    run(machine, 20 * US, *(flush(time * PS_PER_NS) for time in requests))
+    count = machine.counters
+    assert count[C.kvm__remote_tlb_flush] <= count[C.kvm__remote_tlb_flush_requests] == len(requests)
+    assert count[C.kvm__remote_tlb_flush] <= count[C.exit__kick] <= count[C.kvm__tlb_flush] <= len(requests) * vcpus
+
+
+def test_requests_farther_apart_than_an_exit_do_not_coalesce(costs: Costs) -> None:
+    machine = mapped(costs, 2)
+    busy(machine)
+    apart = costs.vmexit_ps + costs.invept_ps
+    run(machine, 40 * US, *(flush(5 * US + n * apart) for n in range(10)))
+    assert machine.counters[C.kvm__remote_tlb_flush] == 10
+    assert machine.counters[C.kvm__tlb_flush] == 20
+
+
+def test_a_halted_vcpu_is_not_kicked_and_flushes_at_its_entry(costs: Costs) -> None:
+    machine = mapped(costs, 2)
+    machine.vcpus.field[:, IDLE] = 1
+    run(machine, 20 * US, flush(5 * US), flush(9 * US))
+    count = machine.counters
+    assert count[C.kvm__remote_tlb_flush_requests] == 2
+    assert count[C.kvm__remote_tlb_flush] == count[C.exit__kick] == 0
+    assert count[C.kvm__tlb_flush] == 2, "one for each vCPU, not one for each request"
+    assert (machine.vcpus.field[:, FLUSH_AT_ENTRY] == 1).all()
+
+
+def test_a_vcpu_in_an_ept_violation_is_not_kicked(costs: Costs) -> None:
+    machine = mapped(costs, 1)
+    busy(machine)
+    machine.vcpus.exit_ps[0, 0] = 10 * US
+    run(machine, 20 * US, flush(1 * US), flush(5 * US))
+    assert machine.counters[C.kvm__remote_tlb_flush] == 0
+    assert machine.counters[C.kvm__tlb_flush] == 1
+
+
+def test_an_invept_drops_everything_and_costs_a_cold_walk(costs: Costs) -> None:
+    machine = mapped(costs, 1)
+    touch_pages(machine, 0, [0])
+    run(machine, 1 * US)
+    cold = int(machine.counters[C.access__walk_refs])
+    # 24 by Bhargava et al., ASPLOS'08, less what the walk itself has cached by then: the EPT's upper levels for the leaf
+    # table (3, same 2 MiB as the upper tables), and its top two for the data.
+    assert cold == 24 - 3 - 2
+    machine.vcpus.field[0, IDLE] = 0
+    touch_pages(machine, 0, [1])
+    run(machine, 2 * US)
+    assert machine.counters[C.access__walk_refs] - cold == 2, "both leaves; the levels above are cached"
+    run(machine, 3 * US, flush(3 * US))
+    vcpus = machine.vcpus
+    assert not (vcpus.tlb.any() or vcpus.pde.any() or vcpus.nested.any() or vcpus.ept_pde.any())
+    assert not vcpus.field[0, [GUEST_UPPER, EPT_UPPER]].any()
+    machine.counters[C.access__walk_refs] = 0
+    vcpus.field[0, IDLE] = 0
+    touch_pages(machine, 0, [1])
+    run(machine, int(vcpus.field[0, CLOCK]) + 1 * US)
+    assert machine.counters[C.access__walk_refs] == cold
+
+
+def test_zap_keeps_the_frame_and_the_accessed_bit_in_software(costs: Costs) -> None:
+    machine = mapped(costs, 1)
+    touch_pages(machine, 0, [0, 1], STORE)
+    run(machine, 2 * US, (2 * US, OP_ZAP, 0, 100, 3))
+    assert machine.ept[100:103].tolist() == [
+        0 << FRAME_SHIFT | WRITABLE | YOUNG,
+        1 << FRAME_SHIFT | WRITABLE | YOUNG,
+        2 << FRAME_SHIFT | WRITABLE,
+    ]
+    assert machine.counters[C.kvm__mmu_zapped] == 3
+    assert machine.counters[C.kvm__remote_tlb_flush_requests] == 1, "one for the range"
+    run(machine, 3 * US, (3 * US, OP_ZAP, 0, 100, 3))
+    assert machine.counters[C.kvm__remote_tlb_flush_requests] == 1, "nothing was present: no flush"
+
+
+def test_zap_puts_only_slow_leaves_under_prot_none(costs: Costs) -> None:
+    machine = mapped(costs, 1)
+    machine.ept[101] = (SLOTS // 2) << FRAME_SHIFT | PRESENT | WRITABLE
+    run(machine, 1 * US, (1 * US, OP_ZAP, PROTNONE, 100, 3))
+    assert ((machine.ept[100:103] & PROTNONE) != 0).tolist() == [False, True, False]
+    assert machine.ept[103] & PRESENT, "outside the range"
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_move_carries_the_content_and_leaves_the_entry_to_the_next_fault(present: bool, costs: Costs) -> None:
+    machine = mapped(costs, 1)
+    stamp = int(machine.stamps[4])
+    if not present:
+        machine.ept[104] &= ~PRESENT
+    run(machine, 1 * US, (1 * US, OP_MOVE, 0, 104, 200))
+    entry = int(machine.ept[104])
+    assert (entry & FRAME_MASK) >> FRAME_SHIFT == 200
+    assert not entry & (PRESENT | ACCESSED | DIRTY)
+    assert machine.stamps[200] == stamp
+    assert machine.counters[C.kvm__remote_tlb_flush_requests] == present
