@@ -8,12 +8,11 @@ machine (architecture 5). vCPUs take turns in slices of fixed virtual time; host
 timestamps. The engine returns whenever something outside it must act: accesses to be generated, a fault, a PMI.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from guestd.invalidate import apply_operation
 from guestd.jit import assume, inline, kernel, prefetch
+from guestd.machine import Machine, S
 from guestd.pebs import (
     EVENT_LOAD,
     EVENT_STORE,
@@ -22,7 +21,6 @@ from guestd.pebs import (
     P_STORE_PERIOD,
     P_TAG_SPAN,
     P_THRESHOLD_PS,
-    DsArea,
     write_record,
 )
 from guestd.tlb import TLB_DIRTY, TLB_FRAME_MASK, TLB_FRAME_SHIFT, TLB_TAG_SHIFT, TLB_WRITABLE, find, touch, victim
@@ -41,11 +39,10 @@ from guestd.vcpu import (
     RANDOM,
     STORE_COUNT,
     TAG_LEFT,
-    Vcpus,
 )
-from guestd.walk import PRICES, REFS_SHIFT, walk
+from guestd.walk import REFS_SHIFT, walk
 from proto.arrays import Words
-from proto.counters import C, Counters
+from proto.counters import C
 from proto.entry import (
     ACCESSED,
     DIRTY,
@@ -60,74 +57,17 @@ from proto.entry import (
     STAMP_VERSION_MASK,
     WRITABLE,
 )
+from proto.trace import LOAD, STORE
 from proto.units import PAGE_SHIFT, TABLE_SHIFT
-
-LOAD, STORE, MODIFY = 0, 1, 2
-"""Kinds of access; MODIFY is a read-modify-write: a read and a later write-back."""
 
 REACHED, NEED_ACCESSES, FAULT, PMI, COMPLETED = 0, 1, 2, 3, 4
 """Why the engine returned: time reached; vCPU has no accesses left; its next access faults; its PMU wants service (PMI
 or an EPT violation of a record); transactions done."""
 
-S_NOW = 0
-S_TURN = 1
-S_OPERATION = 2
-S_LEFT = 3
-"""Transactions left in this phase; negative = unlimited."""
-S_END_PS = 4
-"""End of the quantum, for a throttled vCPU to wait for."""
-S_OWNER = 5
-"""Owner part of this VM's stamps."""
-S_SLOW_FRAMES = 6
-"""First slow frame slot."""
-S_MLP_Q8 = 7
-"""256 / memory-level parallelism."""
-S_FLUSH_PS = 8
-"""Cost of one INVEPT."""
-S_VMEXIT_PS = 9
-S_SLICE_PS = 10
-S_STLB_HIT_PS = 11
-STATE = 12
-
 CHUNK = 128
 """Accesses per prefetch phase: their lines (three tables) fit the L1 cache of any machine."""
 
 _HUGE = (1 << TABLE_SHIFT << PAGE_SHIFT) - 1
-_OFFSET = (1 << PAGE_SHIFT) - 1
-
-
-class Machine(NamedTuple):
-    """Everything that the engine works on; passed whole to the kernels."""
-
-    vcpus: Vcpus
-    gpt: Words
-    """int64[pages]: the guest's leaf page table over its dense page index."""
-    ept: Words
-    stamps: Words
-    table_gva: Words
-    """int64[tables]: gVA of the first page of each leaf table."""
-    table_gpfn: Words
-    """int64[tables]: gPA frame of each leaf page-table page."""
-    table_slow: Words
-    """int64[tables]: 1 if that page lies in the slow tier."""
-    ds: DsArea
-    state: Words
-    """int64[STATE]"""
-    latency_ps: Words
-    """int64[2, 2]: loaded latency by tier (slow?) and locality (local?)."""
-    read_bytes: Words
-    """int64[2, 2]: media bytes of a read, by tier and locality."""
-    write_bytes: Words
-    budget: Words
-    """int64[2, 2]: media bytes left in the quantum, by direction (write?) and tier."""
-    price: Words
-    """int64[PRICES]: walk references."""
-    counters: Counters
-
-
-def new_state() -> tuple[Words, Words]:
-    """Zeroed engine state and walk prices."""
-    return np.zeros(STATE, np.int64), np.zeros(PRICES, np.int64)
 
 
 @inline
@@ -162,12 +102,12 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     gpt, ept, stamps = m.gpt, m.ept, m.stamps
     counters, state, params = m.counters, m.state, m.ds.params
     latency_ps, read_bytes, write_bytes, budget = m.latency_ps, m.read_bytes, m.write_bytes, m.budget
-    owner, slow_frames, mlp, stlb_hit = state[S_OWNER], state[S_SLOW_FRAMES], state[S_MLP_Q8], state[S_STLB_HIT_PS]
+    owner, slow_frames, mlp, stlb_hit = state[S.OWNER], state[S.SLOW_FRAMES], state[S.MLP_Q8], state[S.STLB_HIT_PS]
     load_period, store_period = params[P_LOAD_PERIOD], params[P_STORE_PERIOD]
 
     clock, position, length = field[CLOCK], field[POSITION], field[LENGTH]
     last_block = field[LAST_BLOCK]
-    left = state[S_LEFT]
+    left = state[S.LEFT]
     prefetched = position
     total = slow_total = loads = stores = misses = assists = walks = refs = walk_total = stall = thought = bad = 0
     reason = REACHED
@@ -234,8 +174,8 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
         slow = 1 if frame >= slow_frames else 0
         local = 1 if (a >> 8) == last_block else 0
         if budget[0, slow] <= 0 or (write and budget[1, slow] <= 0):
-            counters[C.time__throttle_ps] += state[S_END_PS] - clock
-            clock = state[S_END_PS]
+            counters[C.time__throttle_ps] += state[S.END_PS] - clock
+            clock = state[S.END_PS]
             break
         last_block = a >> 8
         if fault_ps[position] != 0:
@@ -301,7 +241,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     field[CLOCK] = clock
     field[POSITION] = position
     field[LAST_BLOCK] = last_block
-    state[S_LEFT] = left
+    state[S.LEFT] = left
     counters[C.access__total] += total
     counters[C.access__fast] += total - slow_total
     counters[C.access__slow] += slow_total
@@ -323,26 +263,26 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
 def run(m: Machine, operations: np.ndarray, until: int) -> int:
     """Run all vCPUs to virtual time ``until`` (ps), applying ``operations`` (OPERATION[k]) at their times.
 
-    Returns the reason; for all but REACHED, ``state[S_TURN]`` names the vCPU, and the next call resumes there.
+    Returns the reason; for all but REACHED, ``state[S.TURN]`` names the vCPU, and the next call resumes there.
     """
     state = m.state
-    slice_ps = state[S_SLICE_PS]
+    slice_ps = state[S.SLICE_PS]
     while True:
-        now = state[S_NOW]
+        now = state[S.NOW]
         boundary = min(until, (now // slice_ps + 1) * slice_ps)
-        next_operation = state[S_OPERATION]
+        next_operation = state[S.OPERATION]
         if next_operation < operations.size:
             boundary = min(boundary, max(now, operations[next_operation].time_ps))
-        for vcpu in range(state[S_TURN], m.vcpus.field.shape[0]):
+        for vcpu in range(state[S.TURN], m.vcpus.field.shape[0]):
             reason = _run_vcpu(m, vcpu, boundary)
             if reason != REACHED:
-                state[S_TURN] = vcpu
+                state[S.TURN] = vcpu
                 return reason
-        state[S_TURN] = 0
-        state[S_NOW] = boundary
+        state[S.TURN] = 0
+        state[S.NOW] = boundary
         while next_operation < operations.size and operations[next_operation].time_ps <= boundary:
             apply_operation(m.vcpus, m.ept, m.stamps, state, operations[next_operation], m.counters)
             next_operation += 1
-        state[S_OPERATION] = next_operation
+        state[S.OPERATION] = next_operation
         if boundary >= until:
             return REACHED

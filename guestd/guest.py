@@ -15,16 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from guestd import engine
-from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI, Machine
+from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI
 from guestd.errors import GuestError
 from guestd.events import EventLog
-from guestd.fault import NO_FRAME, OUT_OF_MEMORY, Batch, charge, clear_fresh, collect, locate_tables, verify
+from guestd.fault import OUT_OF_MEMORY, Batch, charge, clear_fresh, collect, verify
 from guestd.guest_view import EptFaultCall, GuestView
 from guestd.hotness import placement_by_heat
+from guestd.machine import S, new_machine, price_walks
 from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter, metered
-from guestd.mm.nodes import FAST, NO_PAGE, SLOW, WMARK_LOW, allocate, new_nodes
+from guestd.mm.nodes import FAST, NO_PAGE, WMARK_LOW, allocate, new_nodes
 from guestd.params import resolve
-from guestd.pebs import P_INTERRUPT, drain, new_ds_area
+from guestd.pebs import P_INTERRUPT, drain
 from guestd.report import Snapshot, build_report
 from guestd.threads import Threads
 from guestd.tiering.policy import Tiering
@@ -39,18 +40,16 @@ from guestd.vcpu import (
     IDLE,
     LENGTH,
     POSITION,
-    new_vcpus,
 )
-from guestd.walk import PRICE_EPT_LEAF, PRICE_GUEST_LEAF_FAST, PRICE_GUEST_LEAF_SLOW, PRICE_UPPER
 from guestd.workloads.base import Buffer
 from guestd.workloads.registry import workloads
 from proto.arrays import Words
 from proto.config import GuestConfig
-from proto.counters import C, new_counters
-from proto.entry import STAMP_TABLE_BASE, owner_stamp
+from proto.counters import C
+from proto.entry import STAMP_TABLE_BASE
 from proto.layout import OPERATION, VmMemory
 from proto.messages import Advance, Tick
-from proto.units import LINE_SIZE, PS_PER_S
+from proto.units import PS_PER_S
 
 FOREVER = 1 << 62
 NULL_ACTIVATIONS = 200
@@ -77,7 +76,7 @@ class Guest:
         # A host-side design's guest sees one flat node; the host moves frames behind it.
         self.nodes = new_nodes(total, total if host_side else config.fast_pages, 0 if host_side else config.slow_pages)
         self.sampling = self.policy.sampling(params)
-        self.machine = self._new_machine(memory)
+        self.machine = new_machine(config, self.workload.space, memory, self.sampling, self.workload.mlp)
         self.meter = Meter()
         self._timers: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
@@ -111,46 +110,12 @@ class Guest:
         self.pages_checked = 0
         self.null_activation_ns = 0.0
 
-    # -- construction -------------------------------------------------------------------------------------------
-
-    def _new_machine(self, memory: VmMemory) -> Machine:
-        config, costs, space = self.config, self.config.costs, self.workload.space
-        state, price = engine.new_state()
-        state[engine.S_LEFT] = -1
-        state[engine.S_OWNER] = owner_stamp(config.vm)
-        state[engine.S_SLOW_FRAMES] = config.total_pages
-        state[engine.S_MLP_Q8] = max(1, round(256 / self.workload.mlp))
-        state[engine.S_FLUSH_PS] = costs.invept_ps
-        state[engine.S_VMEXIT_PS] = costs.vmexit_ps
-        state[engine.S_SLICE_PS] = config.engine.slice_ps
-        state[engine.S_STLB_HIT_PS] = costs.stlb_hit_ps
-        tiers = (costs.fast, costs.slow)
-        # A local access finds its block in the device's buffer; only granules above a line have such a block.
-        read = np.array([[t.granule_bytes, LINE_SIZE if t.granule_bytes == LINE_SIZE else 0] for t in tiers], np.int64)
-        return Machine(
-            vcpus=new_vcpus(config.vcpus, costs, config.seed),
-            gpt=np.zeros(space.pages, np.int64),
-            ept=memory.ept,
-            stamps=memory.stamps,
-            table_gva=space.table_gva,
-            table_gpfn=np.full(space.tables, NO_FRAME, np.int64),
-            table_slow=np.zeros(space.tables, np.int64),
-            ds=new_ds_area(config.vcpus, config.kernel.ds_pages, self.sampling, costs),
-            state=state,
-            latency_ps=np.zeros((2, 2), np.int64),
-            read_bytes=read,
-            write_bytes=read.copy(),
-            budget=np.zeros((2, 2), np.int64),
-            price=price,
-            counters=new_counters(),
-        )
-
     # -- time ---------------------------------------------------------------------------------------------------
 
     @property
     def now(self) -> int:
         """Virtual time that all vCPUs have reached, ps."""
-        return int(self.machine.state[engine.S_NOW])
+        return int(self.machine.state[S.NOW])
 
     @property
     def finished(self) -> bool:
@@ -168,7 +133,7 @@ class Guest:
         """Boot at the tenant's start time: scheduler timers, the policy's own."""
         config = self.config
         state, field = self.machine.state, self.machine.vcpus.field
-        state[engine.S_NOW] = config.start_ps
+        state[S.NOW] = config.start_ps
         field[:, CLOCK] = config.start_ps
         self.meter.now = config.start_ps
         self._at(config.start_ps, self._allocate_ds)
@@ -199,12 +164,12 @@ class Guest:
     def _advance(self, message: Advance) -> Tick:
         state, machine = self.machine.state, self.machine
         until = message.until_ps
-        state[engine.S_END_PS] = until
-        state[engine.S_OPERATION] = 0
+        state[S.END_PS] = until
+        state[S.OPERATION] = 0
         machine.latency_ps[:] = np.array(message.latency_ps).reshape(2, 2)
         machine.budget[:] = np.array(message.bandwidth_budget).reshape(2, 2)
         before = machine.budget.copy()
-        self._set_walk_prices()
+        price_walks(machine, self.config.costs, int((self.nodes.managed - self.nodes.free_count).sum()))
         operations = np.frombuffer(message.operations, OPERATION)
         while self.now < until and not self.finished:
             target = min(until, self._timers[0][0] if self._timers else FOREVER)
@@ -237,24 +202,7 @@ class Guest:
             return float(self.finished)
         if self.config.run_ps:
             return min(1.0, (self.now - self.run_started_ps) / self.config.run_ps)
-        return 1.0 - int(self.machine.state[engine.S_LEFT]) / self.config.transactions
-
-    def _set_walk_prices(self) -> None:
-        """A leaf line sits in the LLC with the probability that the page tables fit there (an estimate, graded so)."""
-        costs, price, latency = self.config.costs, self.machine.price, self.machine.latency_ps
-        locate_tables(
-            self.machine.ept,
-            self.machine.table_gpfn,
-            int(self.machine.state[engine.S_SLOW_FRAMES]),
-            self.machine.table_slow,
-        )
-        table_bytes = 16 * int(self.nodes.managed.sum() - self.nodes.free_count.sum())
-        fits = min(1000, 1000 * costs.llc_bytes // max(1, table_bytes))
-        cached = fits * costs.walk_llc_ref_ps
-        price[PRICE_UPPER] = costs.walk_cached_ref_ps
-        price[PRICE_GUEST_LEAF_FAST] = (cached + (1000 - fits) * int(latency[FAST, 0])) // 1000
-        price[PRICE_GUEST_LEAF_SLOW] = (cached + (1000 - fits) * int(latency[SLOW, 0])) // 1000
-        price[PRICE_EPT_LEAF] = price[PRICE_GUEST_LEAF_FAST]
+        return 1.0 - int(self.machine.state[S.LEFT]) / self.config.transactions
 
     # -- vCPU thread --------------------------------------------------------------------------------------------
 
@@ -265,7 +213,7 @@ class Guest:
             reason = int(engine.run(self.machine, operations, until))
             if reason != NEED_ACCESSES:
                 return reason
-            vcpu = int(state[engine.S_TURN])
+            vcpu = int(state[S.TURN])
             count = self._generate(vcpu)
             field[vcpu, POSITION], field[vcpu, LENGTH] = 0, count
             if count == 0:
@@ -285,7 +233,7 @@ class Guest:
         now = int(field[:, CLOCK].max())
         field[:, CLOCK] = now
         field[:, IDLE] = 0
-        state[engine.S_LEFT] = self.config.transactions or -1
+        state[S.LEFT] = self.config.transactions or -1
         self.run_started_ps = now
         self.phase = "run"
         self.machine.vcpus.histogram[:] = 0
@@ -297,7 +245,7 @@ class Guest:
     def _take_faults(self) -> None:
         machine, config, batch = self.machine, self.config, self._batch
         vcpus, counters = machine.vcpus, machine.counters
-        vcpu = int(machine.state[engine.S_TURN])
+        vcpu = int(machine.state[S.TURN])
         collect(
             vcpus, vcpu, config.engine.block, machine.gpt, machine.ept, self.nodes, machine.table_gpfn,
             self._prefer, FAST, config.costs.minor_fault_ps, batch.hint_page, batch.hint_position,
@@ -312,7 +260,7 @@ class Guest:
             counters[C.time__exit_ps] += total
             counters[C.time__stolen_ps] += int(cost[batch.gpfn_old[:gpfns] == 1].sum())
         if fresh and clear_fresh(
-            machine.gpt, machine.ept, machine.stamps, int(machine.state[engine.S_OWNER]), batch.fresh[:fresh],
+            machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]), batch.fresh[:fresh],
             batch.fresh_gpfn[:fresh],
         ):  # fmt: skip
             raise GuestError("the host left frames unmapped after it had answered the fault")
@@ -347,11 +295,11 @@ class Guest:
         machine = self.machine
         first = STAMP_TABLE_BASE + machine.table_gpfn.size
         pages = first + np.flatnonzero(np.isin(machine.ds.gpfn.reshape(-1), gpfns))
-        clear_fresh(machine.gpt, machine.ept, machine.stamps, int(machine.state[engine.S_OWNER]), pages, gpfns)
+        clear_fresh(machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]), pages, gpfns)
 
     def _serve_pmu(self) -> None:
         """A record met an EPT violation, or a DS area is nearly full."""
-        vcpu = int(self.machine.state[engine.S_TURN])
+        vcpu = int(self.machine.state[S.TURN])
         field, params = self.machine.vcpus.field[vcpu], self.machine.ds.params
         if field[DS_FAULT]:
             gpfn = np.array([field[DS_FAULT] - 1], np.int64)
@@ -440,7 +388,7 @@ class Guest:
         self.phase = "done"
         self.ended_ps = at_ps
         checked, bad = verify(self.machine.gpt, self.machine.ept, self.machine.stamps,
-                              int(self.machine.state[engine.S_OWNER]),
+                              int(self.machine.state[S.OWNER]),
                               np.concatenate([self.machine.table_gpfn, self.machine.ds.gpfn.reshape(-1)]))  # fmt: skip
         self.pages_checked = int(checked)
         self.machine.counters[C.integrity__mismatches] += bad

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from guestd.engine import Machine
 from guestd.events import EventLog
+from guestd.machine import Machine
 from guestd.meter import MIGRATE, TASK, Meter, metered
 from guestd.mm.nodes import FAST, Nodes, give_free
 from guestd.tiering.view import PageView

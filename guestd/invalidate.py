@@ -9,16 +9,12 @@ vmx_flush_tlb_all); one that is outside already flushes at that entry, once for 
 from typing import Any
 
 from guestd.jit import inline
+from guestd.machine import S
 from guestd.vcpu import CLOCK, EXIT_END, EXIT_START, FLUSH_AT_ENTRY, IDLE, Vcpus, drop_all
 from proto.arrays import Words
 from proto.counters import C, Counters
 from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE, YOUNG
 from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP
-
-# Indices of guestd.engine's state vector that are needed here (engine imports this file).
-SLOW_FRAMES = 6
-FLUSH_PS = 8
-VMEXIT_PS = 9
 
 
 @inline
@@ -35,20 +31,20 @@ def request_flush(vcpus: Vcpus, state: Words, now: int, counters: Counters) -> N
         else:
             kicked = True
             counters[C.exit__kick] += 1
-            counters[C.time__exit_ps] += state[VMEXIT_PS]
-            counters[C.time__stolen_ps] += state[VMEXIT_PS]
+            counters[C.time__exit_ps] += state[S.VMEXIT_PS]
+            counters[C.time__stolen_ps] += state[S.VMEXIT_PS]
             # From now on, not from the clock, which is ahead by what is left of the access that `now` fell into.
             field[EXIT_START] = now
-            field[EXIT_END] = now + state[VMEXIT_PS] + state[FLUSH_PS]
-            field[CLOCK] += state[VMEXIT_PS]
+            field[EXIT_END] = now + state[S.VMEXIT_PS] + state[S.FLUSH_PS]
+            field[CLOCK] += state[S.VMEXIT_PS]
         # The vCPU runs nothing until its entry, so the flush of that entry may empty the caches already now.
         field[FLUSH_AT_ENTRY] = 1
         drop_all(vcpus, vcpu)
-        field[CLOCK] += state[FLUSH_PS]
+        field[CLOCK] += state[S.FLUSH_PS]
         counters[C.kvm__tlb_flush] += 1
         counters[C.instr__invept_global] += 1
-        counters[C.time__exit_ps] += state[FLUSH_PS]
-        counters[C.time__stolen_ps] += state[FLUSH_PS]
+        counters[C.time__exit_ps] += state[S.FLUSH_PS]
+        counters[C.time__stolen_ps] += state[S.FLUSH_PS]
     if kicked:
         counters[C.kvm__remote_tlb_flush] += 1
 
@@ -77,7 +73,7 @@ def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, opera
             if _zap(ept, gpfn):
                 zapped += 1
             entry = ept[gpfn]
-            slow = ((entry & FRAME_MASK) >> FRAME_SHIFT) >= state[SLOW_FRAMES]
+            slow = ((entry & FRAME_MASK) >> FRAME_SHIFT) >= state[S.SLOW_FRAMES]
             if (entry & WRITABLE) != 0 and slow and operation.flags == PROTNONE:
                 ept[gpfn] = entry | PROTNONE
         counters[C.kvm__mmu_zapped] += zapped

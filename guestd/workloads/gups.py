@@ -10,13 +10,13 @@ from decimal import Decimal, localcontext
 import numpy as np
 
 from guestd.address_space import AddressSpace, mmap_region
-from guestd.engine import MODIFY, STORE
 from guestd.jit import kernel
 from guestd.params import Param, resolve
 from guestd.random import State, next_u64, permutation, streams
 from guestd.workloads.base import MIB, Buffer, Workload, WorkloadType
 from proto.arrays import Words
 from proto.config import GuestConfig
+from proto.trace import MODIFY, STORE
 from proto.units import PAGE_SHIFT
 
 PARAMS = (

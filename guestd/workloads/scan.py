@@ -5,12 +5,12 @@ from itertools import pairwise
 import numpy as np
 
 from guestd.address_space import AddressSpace, mmap_region
-from guestd.engine import LOAD, STORE
 from guestd.jit import kernel
 from guestd.params import Param, resolve
 from guestd.workloads.base import MIB, Buffer, Workload, WorkloadType
 from proto.arrays import Bytes, Words
 from proto.config import GuestConfig
+from proto.trace import LOAD, STORE
 from proto.units import LINE_SIZE, PAGE_SHIFT, PAGE_SIZE
 
 PARAMS = (

@@ -7,16 +7,17 @@ import msgspec
 import numpy as np
 
 from fleet.in_process import InProcessFleet
-from guestd import engine
-from guestd.engine import Machine
 from guestd.guest import Guest
+from guestd.machine import Machine, S
 from guestd.pebs import new_ds_area
 from guestd.tiering.policy import Sampling
 from guestd.vcpu import LENGTH, POSITION, new_vcpus
+from guestd.walk import PRICES
 from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, Scalar
 from proto.costs import Costs
 from proto.counters import new_counters
 from proto.entry import owner_stamp
+from proto.trace import LOAD
 from proto.units import PAGE_SHIFT, PS_PER_MS, PS_PER_NS
 
 SLOTS = 256
@@ -35,15 +36,15 @@ def small_costs(costs: Costs, **changes: object) -> Costs:
 
 def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | None = None) -> Machine:
     """A machine with nothing mapped: 6 leaf tables of gVA, 8192 pages of gPA, 128 frame slots in each tier."""
-    state, price = engine.new_state()
-    state[engine.S_LEFT] = -1
-    state[engine.S_OWNER] = owner_stamp(3)
-    state[engine.S_SLOW_FRAMES] = SLOTS // 2
-    state[engine.S_MLP_Q8] = 256
-    state[engine.S_FLUSH_PS] = costs.invept_ps
-    state[engine.S_VMEXIT_PS] = costs.vmexit_ps
-    state[engine.S_SLICE_PS] = 1000 * PS_PER_NS
-    state[engine.S_STLB_HIT_PS] = costs.stlb_hit_ps
+    state, price = np.zeros(len(S), np.int64), np.zeros(PRICES, np.int64)
+    state[S.LEFT] = -1
+    state[S.OWNER] = owner_stamp(3)
+    state[S.SLOW_FRAMES] = SLOTS // 2
+    state[S.MLP_Q8] = 256
+    state[S.FLUSH_PS] = costs.invept_ps
+    state[S.VMEXIT_PS] = costs.vmexit_ps
+    state[S.SLICE_PS] = 1000 * PS_PER_NS
+    state[S.STLB_HIT_PS] = costs.stlb_hit_ps
     price[:] = (5 * PS_PER_NS, 22 * PS_PER_NS, 31 * PS_PER_NS, 23 * PS_PER_NS)
     tables = np.arange(TABLES, dtype=np.int64)
     return Machine(
@@ -65,7 +66,7 @@ def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | N
     )
 
 
-def fill(machine: Machine, vcpu: int, addresses: list[int], kind: int = engine.LOAD) -> None:
+def fill(machine: Machine, vcpu: int, addresses: list[int], kind: int = LOAD) -> None:
     """Give ``vcpu`` accesses of one kind to dense byte addresses, in place of those it has left."""
     vcpus = machine.vcpus
     vcpus.address[vcpu, : len(addresses)] = addresses
@@ -74,7 +75,7 @@ def fill(machine: Machine, vcpu: int, addresses: list[int], kind: int = engine.L
     vcpus.field[vcpu, POSITION], vcpus.field[vcpu, LENGTH] = 0, len(addresses)
 
 
-def touch_pages(machine: Machine, vcpu: int, pages: list[int], kind: int = engine.LOAD) -> None:
+def touch_pages(machine: Machine, vcpu: int, pages: list[int], kind: int = LOAD) -> None:
     """Let ``vcpu`` access ``pages`` in order, for as long as it takes."""
     fill(machine, vcpu, [page << PAGE_SHIFT for page in pages], kind)
 

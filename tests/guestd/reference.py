@@ -2,7 +2,7 @@
 
 One access at a time, lists and dictionaries for the caches, no prefetch, no chunk, no shared totals: every law (what a
 walk references, what sets an A or D bit, what an INVEPT drops, when a record is written) is spelled out where it acts.
-It starts from a `guestd.engine.Machine` whose caches are empty, and then keeps its own tables.
+It starts from a `guestd.machine.Machine` whose caches are empty, and then keeps its own tables.
 """
 
 from collections import Counter
@@ -13,8 +13,9 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from guestd import engine, pebs, vcpu, walk
-from guestd.engine import COMPLETED, FAULT, LOAD, NEED_ACCESSES, PMI, REACHED, STORE, Machine
+from guestd import pebs, vcpu, walk
+from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI, REACHED
+from guestd.machine import Machine, S
 from proto.counters import C
 from proto.entry import (
     ACCESSED,
@@ -31,6 +32,7 @@ from proto.entry import (
     YOUNG,
 )
 from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP
+from proto.trace import LOAD, STORE
 
 Value = TypeVar("Value")
 
@@ -150,16 +152,16 @@ class Reference:
         self.budget: list[list[int]] = machine.budget.tolist()
         self.price: list[int] = machine.price.tolist()
         self.params: list[int] = params.tolist()
-        self.owner = int(state[engine.S_OWNER])
-        self.slow_frames = int(state[engine.S_SLOW_FRAMES])
-        self.mlp = int(state[engine.S_MLP_Q8])
-        self.flush_ps = int(state[engine.S_FLUSH_PS])
-        self.vmexit_ps = int(state[engine.S_VMEXIT_PS])
-        self.slice_ps = int(state[engine.S_SLICE_PS])
-        self.hit_ps = int(state[engine.S_STLB_HIT_PS])
-        self.now = int(state[engine.S_NOW])
+        self.owner = int(state[S.OWNER])
+        self.slow_frames = int(state[S.SLOW_FRAMES])
+        self.mlp = int(state[S.MLP_Q8])
+        self.flush_ps = int(state[S.FLUSH_PS])
+        self.vmexit_ps = int(state[S.VMEXIT_PS])
+        self.slice_ps = int(state[S.SLICE_PS])
+        self.hit_ps = int(state[S.STLB_HIT_PS])
+        self.now = int(state[S.NOW])
         self.end_ps = 0
-        self.left = int(state[engine.S_LEFT])
+        self.left = int(state[S.LEFT])
         self.turn = 0
         self.counters: Counter[str] = Counter()
 
@@ -415,13 +417,15 @@ class Reference:
     def assert_same(self, machine: Machine) -> None:
         """Every table, cache, clock and counter of ``machine`` is what it is here."""
         counted = {name: int(machine.counters[index]) for name, index in C.__members__.items()}
-        assert {name: count for name, count in counted.items() if count} == {k: v for k, v in self.counters.items() if v}
+        assert {name: count for name, count in counted.items() if count} == {
+            k: v for k, v in self.counters.items() if v
+        }
         assert machine.gpt.tolist() == self.gpt
         assert machine.ept.tolist() == self.ept
         assert machine.stamps.tolist() == self.stamps
         assert machine.budget.tolist() == self.budget
-        assert int(machine.state[engine.S_NOW]) == self.now
-        assert int(machine.state[engine.S_LEFT]) == self.left
+        assert int(machine.state[S.NOW]) == self.now
+        assert int(machine.state[S.LEFT]) == self.left
         for index, cpu in enumerate(self.vcpus):
             row = machine.vcpus.field[index]
             assert (row[vcpu.CLOCK], row[vcpu.LENGTH] - row[vcpu.POSITION]) == (cpu.clock, len(cpu.queue))

@@ -11,8 +11,9 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from guestd import engine, vcpu
-from guestd.engine import COMPLETED, FAULT, LOAD, MODIFY, NEED_ACCESSES, PMI, REACHED, STORE, Machine
+from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI, REACHED
 from guestd.guest import Guest
+from guestd.machine import S
 from guestd.pebs import P_INTERRUPT, P_MAXIMUM
 from guestd.tiering.policy import Sampling
 from guestd.vcpu import drop_guest_everywhere, drop_pages_everywhere
@@ -29,6 +30,7 @@ from proto.entry import (
     WRITABLE,
 )
 from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
+from proto.trace import LOAD, MODIFY, STORE
 from proto.units import PS_PER_S
 from tests.guestd.machines import GPA_PAGES, SLOTS, TABLES, bare_machine, guest_config, run_guest, small_costs
 from tests.guestd.reference import Access, Reference
@@ -156,12 +158,12 @@ class Pair:
         entries, ways = program.geometry
         costs = small_costs(costs, stlb_entries=entries, stlb_ways=ways, load_latency_tag_interval=3)
         machine = self.machine = bare_machine(costs, program.vcpus, seed=5, sampling=program.sampling)
-        machine.state[engine.S_SLICE_PS] = program.slice_ns * 1000
-        machine.state[engine.S_MLP_Q8] = 100
-        machine.state[engine.S_LEFT] = program.left
+        machine.state[S.SLICE_PS] = program.slice_ns * 1000
+        machine.state[S.MLP_Q8] = 100
+        machine.state[S.LEFT] = program.left
         if program.sampling:
             machine.ds.params[P_MAXIMUM], machine.ds.params[P_INTERRUPT] = program.records, max(1, program.records - 3)
-        map_pages(machine.gpt, machine.ept, machine.stamps, int(machine.state[engine.S_OWNER]))
+        map_pages(machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]))
         self.reference = Reference(machine)
         self.spare = iter(range(_SPARE, SLOTS - len(PAGES)))
         self.drain = program.records % 2 == 0
@@ -184,8 +186,8 @@ class Pair:
         for index, data in enumerate(segment.accesses):
             self.fill(index, data)
         until = reference.now + segment.duration_ns * 1000
-        machine.state[engine.S_END_PS] = reference.end_ps = until
-        machine.state[engine.S_OPERATION] = 0
+        machine.state[S.END_PS] = reference.end_ps = until
+        machine.state[S.OPERATION] = 0
         machine.budget[:] = self.budget
         reference.budget = machine.budget.tolist()
         operations = self.operations(segment, until)
@@ -273,7 +275,9 @@ def test_clocks_are_the_sum_of_their_parts(workload: str, params: dict[str, Scal
     guest, report = run_guest(guest_config(costs, workload=workload, workload_params=params, vcpus=vcpus))
     assert run_clock(guest) == access_parts(guest)
     access = report["access"]
-    assert access["fast"] + access["slow"] == access["total"] == report["integrity"]["accesses_checked"] - touched(guest)
+    assert (
+        access["fast"] + access["slow"] == access["total"] == report["integrity"]["accesses_checked"] - touched(guest)
+    )
     assert access["walks"] == access["tlb_misses"] + access["dirty_assists"]
     assert int(guest.machine.vcpus.histogram.sum()) == access["total"]
     assert report["integrity"]["mismatches"] == 0
@@ -312,7 +316,9 @@ def test_latency_of_a_working_set_in_fast_memory_is_the_hand_computed_one(costs:
     params: dict[str, Scalar] = {"footprint": 0.3, "distribution": "uniform", "mlp": 4.0, "think_ns": 2.0}
     fast = msgspec.structs.replace(costs.fast, curve=((0, 1000), (1000, 1000)))
     costs = msgspec.structs.replace(costs, fast=fast, context_switch_ps=0)
-    guest, report = run_guest(guest_config(costs, workload_params=params, fast_pages=2048, transactions=100_000, run_ps=0))
+    guest, report = run_guest(
+        guest_config(costs, workload_params=params, fast_pages=2048, transactions=100_000, run_ps=0)
+    )
     assert report["access"]["slow"] == 0
     each = 2_000 + (costs.stlb_hit_ps + fast.latency_random_ps) // 4
     local = 2_000 + (costs.stlb_hit_ps + fast.latency_local_ps) // 4

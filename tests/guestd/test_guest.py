@@ -1,5 +1,6 @@
 """A whole guest: nothing is lost, the run is a function of its seed, and engine settings move no figure."""
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -8,16 +9,21 @@ import pytest
 
 from fleet.in_process import InProcessFleet
 from guestd.errors import GuestError
-from guestd.guest import Guest
 from proto.config import EngineConfig, GuestConfig, HostConfig, Scalar
 from proto.costs import Costs
 from proto.entry import FRAME_MASK, FRAME_SHIFT
+from proto.trace import Trace, TraceMeta, write_trace
 from proto.units import PS_PER_MS
-from tests.guestd.machines import guest_config, run_guest, start_fleet
+from tests.guestd.machines import guest_config, run_guest
 
 # -- the invariance law ---------------------------------------------------------------------------------------------
 
-SCANNER: dict[str, Scalar] = {"scan_size_mb": 4, "scan_period_min_ms": 20, "scan_period_max_ms": 20, "scan_delay_ms": 20}
+SCANNER: dict[str, Scalar] = {
+    "scan_size_mb": 4,
+    "scan_period_min_ms": 20,
+    "scan_period_max_ms": 20,
+    "scan_delay_ms": 20,
+}
 LAW: dict[str, tuple[dict[str, Scalar], int]] = {
     "none": ({}, 500),
     "g-tpp": (SCANNER, 3000),
@@ -136,25 +142,14 @@ def test_first_touch_takes_fast_frames_down_to_the_low_watermark(costs: Costs) -
     assert not on_slow[: np.count_nonzero(~on_slow)].any(), "in the order of the array"
 
 
-def test_a_footprint_beyond_memory_is_an_error_that_says_so(costs: Costs) -> None:
-    config = guest_config(costs, workload_params={"footprint": 0.97}, total_pages=512, fast_pages=100)
-    guest = msgspec.structs.replace(config, total_pages=300, slow_pages=200, fast_pages=100)
-    fleet = start_fleet(guest, with_pages(512))
-    with pytest.raises(GuestError, match=r"out of memory: \d+ pages of gVA on 300 pages of memory"):
-        fleet.run()
-
-
-def with_pages(total: int) -> Any:
-    """A maker of guests whose workload was sized for a VM of ``total`` pages."""
-
-    def make(config: GuestConfig, *args: Any) -> Guest:
-        guest = Guest(config, *args)
-        large = msgspec.structs.replace(config, total_pages=total)
-        guest.workload = type(guest.workload)(large)  # type: ignore[call-arg]
-        guest.machine = guest._new_machine(guest.memory)
-        return guest
-
-    return make
+def test_a_footprint_beyond_memory_is_an_error_that_says_so(tmp_path: Path, costs: Costs) -> None:
+    pages = np.arange(5000, dtype=np.uint64)
+    ones = np.ones(5000, np.uint8)
+    trace = Trace(pages << np.uint64(12), ones, ones.astype(np.uint16), ones.astype(np.uint32), TraceMeta(source="big"))
+    write_trace(tmp_path / "big.trace", trace)
+    config = guest_config(costs, workload="trace", workload_params={"file": str(tmp_path / "big.trace")})
+    with pytest.raises(GuestError, match=r"out of memory: \d+ pages of gVA on 4096 pages of memory; give the VM more"):
+        run_guest(config)
 
 
 def test_guests_do_not_disturb_each_other_s_pages(costs: Costs) -> None:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guestd import engine
-from guestd.engine import NEED_ACCESSES, REACHED, STORE, Machine
+from guestd.engine import NEED_ACCESSES, REACHED
+from guestd.machine import Machine, S
 from guestd.vcpu import CLOCK, EPT_UPPER, FLUSH_AT_ENTRY, GUEST_UPPER, IDLE
 from proto.costs import Costs
 from proto.counters import C
@@ -22,6 +23,7 @@ from proto.entry import (
     YOUNG,
 )
 from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
+from proto.trace import STORE
 from proto.units import PS_PER_NS
 from tests.guestd.machines import SLOTS, bare_machine, small_costs, touch_pages
 
@@ -34,16 +36,16 @@ def mapped(costs: Costs, vcpus: int, pages: int = 16) -> Machine:
     for page in range(pages):
         machine.gpt[page] = (100 + page) << FRAME_SHIFT | PRESENT | WRITABLE
         machine.ept[100 + page] = page << FRAME_SHIFT | PRESENT | WRITABLE
-        machine.stamps[page] = machine.state[engine.S_OWNER] | page << STAMP_PAGE_SHIFT
+        machine.stamps[page] = machine.state[S.OWNER] | page << STAMP_PAGE_SHIFT
     return machine
 
 
 def run(machine: Machine, until: int, *operations: tuple[int, int, int, int, int]) -> int:
     """Run to ``until`` ps; vCPUs that have nothing left to do halt."""
-    machine.state[[engine.S_OPERATION, engine.S_END_PS]] = 0, until
+    machine.state[[S.OPERATION, S.END_PS]] = 0, until
     records = np.array(sorted(operations), OPERATION)
     while (reason := int(engine.run(machine, records, until))) == NEED_ACCESSES:
-        machine.vcpus.field[machine.state[engine.S_TURN], IDLE] = 1
+        machine.vcpus.field[machine.state[S.TURN], IDLE] = 1
     return reason
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guestd import engine, pebs
-from guestd.engine import LOAD, MODIFY, PMI, STORE, Machine
+from guestd.engine import PMI
+from guestd.machine import Machine, S
 from guestd.pebs import drain, new_ds_area
 from guestd.tiering.policy import Sampling
 from guestd.vcpu import DS_INDEX
@@ -17,6 +18,7 @@ from proto.costs import Costs
 from proto.counters import C
 from proto.entry import FRAME_SHIFT, PRESENT, STAMP_PAGE_SHIFT, WRITABLE
 from proto.layout import OPERATION
+from proto.trace import LOAD, MODIFY, STORE
 from proto.units import PS_PER_MS
 from tests.guestd.machines import SLOTS, bare_machine, guest_config, run_guest, small_costs, touch_pages
 
@@ -30,7 +32,7 @@ def sampled(costs: Costs, sampling: Sampling, pages: int = 8, **changes: object)
         slot = page + (SLOTS // 2 if page % 2 else 0)
         machine.gpt[page] = page << FRAME_SHIFT | PRESENT | WRITABLE
         machine.ept[page] = slot << FRAME_SHIFT | PRESENT | WRITABLE
-        machine.stamps[slot] = machine.state[engine.S_OWNER] | page << STAMP_PAGE_SHIFT
+        machine.stamps[slot] = machine.state[S.OWNER] | page << STAMP_PAGE_SHIFT
     warm_up(machine, pages)
     return machine
 
@@ -47,8 +49,8 @@ def warm_up(machine: Machine, pages: int) -> None:
 
 def run(machine: Machine) -> int:
     """Run what the vCPU has to do, at most a millisecond of it."""
-    machine.state[engine.S_END_PS] = machine.state[engine.S_NOW] + PS_PER_MS
-    return int(engine.run(machine, NO_OPERATIONS, int(machine.state[engine.S_END_PS])))
+    machine.state[S.END_PS] = machine.state[S.NOW] + PS_PER_MS
+    return int(engine.run(machine, NO_OPERATIONS, int(machine.state[S.END_PS])))
 
 
 @given(

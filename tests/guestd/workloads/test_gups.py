@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guestd.engine import MODIFY, STORE
 from guestd.workloads.base import Buffer
 from guestd.workloads.gups import Gups, zipf_bounds
 from proto.arrays import Words
 from proto.config import Scalar
 from proto.costs import Costs
+from proto.trace import MODIFY, STORE
 from tests.guestd.machines import guest_config
 
 ACCESSES = 200_000

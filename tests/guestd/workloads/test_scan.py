@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from guestd.engine import LOAD, STORE
 from guestd.workloads.base import Buffer
 from guestd.workloads.scan import Scan
 from proto.costs import Costs
+from proto.trace import LOAD, STORE
 from tests.guestd.machines import guest_config
 
 
@@ -16,7 +16,9 @@ def buffer(size: int) -> Buffer:
 
 @pytest.mark.parametrize("write_every", [0, 5])
 def test_vcpus_read_their_shares_in_order_and_begin_again(write_every: int, costs: Costs) -> None:
-    config = guest_config(costs, workload="scan", workload_params={"footprint": 0.1, "write_every": write_every}, vcpus=3)
+    config = guest_config(
+        costs, workload="scan", workload_params={"footprint": 0.1, "write_every": write_every}, vcpus=3
+    )
     scan = Scan(config)
     pages = int(4096 * 0.1)
     seen: list[int] = []
