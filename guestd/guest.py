@@ -101,6 +101,9 @@ class Guest:
             for v in range(config.vcpus)
         ]
         self._next_agent_vcpu = 0
+        self._kswapd_queued = False
+        self._kswapd_at = 0
+        """Not before then: it shares its vCPU, and after a run without work it waits a tick."""
         self.activations = 0
         self.phase = "populate"
         self.run_started_ps = 0
@@ -270,6 +273,7 @@ class Guest:
             total = int(charge(vcpus.fault_ps[vcpu], batch.hint_position[:hints], cost))
             counters[C.time__fault_ps] += total
             counters[C.time__stolen_ps] += total
+        self._wake_kswapd()
         if state == OUT_OF_MEMORY and not (hints or gpfns or fresh):
             raise GuestError(
                 f"out of memory: {self.workload.space.pages} pages of gVA on {config.total_pages} pages of memory; "
@@ -346,11 +350,25 @@ class Guest:
             self._activate(TASK, vcpu, self._drain, vcpu)
 
     def _tick(self) -> None:
-        """Scheduler tick: kswapd is woken when the fast node is low, and shares its vCPU with the task."""
-        mark = self.tiering.reclaim_mark
         self._at(self.now + self._tick_ps, self._tick)
-        if mark is not None and self.nodes.free_count[FAST] < self.nodes.watermark[FAST, mark]:
-            self._activate(KTHREAD, self._agent_vcpu(), self.tiering.on_pressure, self._tick_ps // 2)
+        self._wake_kswapd()
+
+    def _wake_kswapd(self) -> None:
+        """Allocations and scheduler ticks wake kswapd when the fast node is low (the TPP patches, mm/page_alloc.c)."""
+        mark = self.tiering.reclaim_mark
+        low = mark is not None and self.nodes.free_count[FAST] < self.nodes.watermark[FAST, mark]
+        if low and not self._kswapd_queued:
+            self._kswapd_queued = True
+            self._at(max(self._kswapd_at, self.now + self.config.costs.context_switch_ps), self._run_kswapd)
+
+    def _run_kswapd(self) -> None:
+        """kswapd works for half a tick at most, then leaves its vCPU to the task for as long."""
+        self._kswapd_queued = False
+        began = self.now
+        self._activate(KTHREAD, self._agent_vcpu(), self.tiering.on_pressure, self._tick_ps // 2)
+        spent = self.meter.now - began
+        self._kswapd_at = began + (2 * spent if spent else self._tick_ps)
+        self._wake_kswapd()
 
     # -- agent thread -------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from guestd.walk import PRICES
 from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, Scalar
 from proto.costs import Costs
 from proto.counters import new_counters
-from proto.entry import owner_stamp
+from proto.entry import FRAME_SHIFT, PRESENT, WRITABLE, owner_stamp
 from proto.trace import LOAD
 from proto.units import PAGE_SHIFT, PS_PER_MS, PS_PER_NS
 
@@ -35,7 +35,10 @@ def small_costs(costs: Costs, **changes: object) -> Costs:
 
 
 def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | None = None) -> Machine:
-    """A machine with nothing mapped: 6 leaf tables of gVA, 8192 pages of gPA, 128 frame slots in each tier."""
+    """A machine with nothing mapped but its DS areas, which lie behind the gPA space of 8192 pages.
+
+    It has 6 leaf tables of gVA and 128 frame slots in each tier.
+    """
     state, price = np.zeros(len(S), np.int64), np.zeros(PRICES, np.int64)
     state[S.LEFT] = -1
     state[S.OWNER] = owner_stamp(3)
@@ -47,15 +50,19 @@ def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | N
     state[S.STLB_HIT_PS] = costs.stlb_hit_ps
     price[:] = (5 * PS_PER_NS, 22 * PS_PER_NS, 31 * PS_PER_NS, 23 * PS_PER_NS)
     tables = np.arange(TABLES, dtype=np.int64)
+    ds = new_ds_area(vcpus, 1, sampling, costs)
+    ept = np.zeros(GPA_PAGES + vcpus, np.int64)
+    ept[GPA_PAGES:] = (SLOTS + np.arange(vcpus)) << FRAME_SHIFT | PRESENT | WRITABLE
+    ds.gpfn[:] = GPA_PAGES + np.arange(vcpus).reshape(-1, 1)
     return Machine(
         vcpus=new_vcpus(vcpus, costs, seed),
         gpt=np.zeros(TABLES << 9, np.int64),
-        ept=np.zeros(GPA_PAGES, np.int64),
+        ept=ept,
         stamps=np.zeros(SLOTS, np.int64),
         table_gva=0x5555_5540_0000 + tables * 3 * TABLE_BYTES,
         table_gpfn=GPA_PAGES - 1 - tables * 700,
         table_slow=tables & 1,
-        ds=new_ds_area(vcpus, 1, sampling, costs),
+        ds=ds,
         state=state,
         latency_ps=np.array([[69, 60], [300, 177]], np.int64) * PS_PER_NS,
         read_bytes=np.array([[64, 64], [256, 0]], np.int64),

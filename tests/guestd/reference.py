@@ -76,6 +76,9 @@ class Cache(Generic[Value]):
         """Contents go, the used marks stay."""
         self.sets = [[None] * self.ways for _ in self.sets]
 
+    def __contains__(self, key: int) -> bool:
+        return self._way(key) is not None
+
     def keys(self) -> list[int]:
         """Cached keys in order of set and way."""
         return [entry[0] for tags in self.sets for entry in tags if entry is not None]
@@ -113,6 +116,10 @@ class ReferenceVcpu:
     flush_at_entry: bool = False
     load_count: int = 0
     store_count: int = 0
+    ds_gpfn: int = 0
+    """gPA frame of its DS area, one page."""
+    ds_fault: bool = False
+    """A record waits for the EPT to map that frame."""
     records: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     """(event, time, gVA, slow, latency in ns)"""
     latencies: Counter[int] = field(default_factory=Counter)
@@ -137,6 +144,7 @@ class Reference:
                 ept_pde=Cache(vcpus.ept_pde.shape[1], 4),
                 random=int(vcpus.field[i, vcpu.RANDOM]),
                 tag_left=int(vcpus.field[i, vcpu.TAG_LEFT]),
+                ds_gpfn=int(machine.ds.gpfn[i, 0]) if machine.ds.gpfn.size else 0,
             )
             for i in range(count)
         ]
@@ -177,7 +185,7 @@ class Reference:
 
     @staticmethod
     def _cached(cache: Cache[None], key: int) -> bool:
-        hit = key in cache.keys()
+        hit = key in cache
         if not hit:
             cache.put(key, None)
         cache.use(key)
@@ -303,7 +311,11 @@ class Reference:
             return True
         cpu.records.append(record)
         self.counters["pebs__records"] += 1
-        return len(cpu.records) >= self.params[pebs.P_INTERRUPT]
+        if self.ept[cpu.ds_gpfn] & PRESENT:
+            self.ept[cpu.ds_gpfn] |= ACCESSED | DIRTY
+        else:
+            cpu.ds_fault = True
+        return cpu.ds_fault or len(cpu.records) >= self.params[pebs.P_INTERRUPT]
 
     # -- vCPUs in turn ------------------------------------------------------------------------------------------
 
@@ -432,6 +444,7 @@ class Reference:
             assert (row[vcpu.EXIT_START], row[vcpu.EXIT_END]) == cpu.exit
             assert bool(row[vcpu.FLUSH_AT_ENTRY]) == cpu.flush_at_entry
             assert row[vcpu.DS_INDEX] == len(cpu.records)
+            assert row[vcpu.DS_FAULT] == (cpu.ds_gpfn + 1 if cpu.ds_fault else 0)
             assert _tlb(machine, index) == [entry for tags in cpu.tlb.sets for entry in tags]
             for cache, mine in ((machine.vcpus.pde, cpu.pde), (machine.vcpus.nested, cpu.nested),
                                 (machine.vcpus.ept_pde, cpu.ept_pde)):  # fmt: skip

@@ -14,7 +14,8 @@ VMAS = st.lists(st.tuples(st.integers(0, 1 << 18), st.integers(1, 3000)), min_si
 
 @given(spans=VMAS)
 def test_pages_and_addresses_convert_both_ways(spans: list[tuple[int, int]]) -> None:
-    vmas, at = [], 0x10_0000
+    vmas: list[Vma] = []
+    at = 0x10_0000
     for gap, pages in spans:
         at += gap << 12
         vmas.append(Vma(f"vma{len(vmas)}", at, pages))
@@ -23,11 +24,11 @@ def test_pages_and_addresses_convert_both_ways(spans: list[tuple[int, int]]) -> 
     seen = []
     for vma in vmas:
         gva = vma.start + np.arange(vma.pages, dtype=np.int64) * 4096
-        pages = space.page_of(gva + 4095)
-        assert (space.gva(pages) == gva).all()
-        assert space.first_page(vma.name) == pages[0]
-        assert (np.diff(pages) == 1).all(), "pages of a VMA are consecutive"
-        seen += pages.tolist()
+        dense = space.page_of(gva + 4095)
+        assert (space.gva(dense) == gva).all()
+        assert space.first_page(vma.name) == dense[0]
+        assert (np.diff(dense) == 1).all(), "pages of a VMA are consecutive"
+        seen += dense.tolist()
     assert len(set(seen)) == len(seen) and max(seen) < space.pages
     tables = {address >> 21 for vma in vmas for address in (vma.start + page * 4096 for page in range(vma.pages))}
     assert (space.table_gva >> 21).tolist() == sorted(tables)

@@ -17,6 +17,7 @@ from guestd.machine import S
 from guestd.pebs import P_INTERRUPT, P_MAXIMUM
 from guestd.tiering.policy import Sampling
 from guestd.vcpu import drop_guest_everywhere, drop_pages_everywhere
+from proto.arrays import Words
 from proto.config import Scalar
 from proto.costs import Costs
 from proto.counters import C
@@ -45,7 +46,7 @@ HOME = {page: (page * 37 + 5) % (GPA_PAGES // 2) for page in PAGES}
 _SPARE = len(PAGES)
 """First frame slot for host moves: those below, and as many at the end, back the two gPA frames of each page."""
 
-Table = MutableSequence[int]
+Table = MutableSequence[int] | Words
 
 
 class Segment(NamedTuple):
@@ -197,6 +198,8 @@ class Pair:
             assert reason == reference.run(operations, until)
             reference.assert_same(machine)
             event(("reached", "accesses", "fault", "PMI", "completed")[reason])
+            if any(cpu.ds_fault for cpu in reference.vcpus):
+                event("record met an EPT violation")
             if reason in (REACHED, COMPLETED):
                 return reason == REACHED
             self.resolve(reason)
@@ -212,6 +215,10 @@ class Pair:
             repair(self.reference.gpt, self.reference.ept, page)
         else:
             assert reason == PMI
+            if cpu.ds_fault:
+                row[vcpu.DS_FAULT], cpu.ds_fault = 0, False
+                machine.ept[cpu.ds_gpfn] |= PRESENT
+                self.reference.ept[cpu.ds_gpfn] |= PRESENT
             if self.drain:
                 row[vcpu.DS_INDEX] = 0
                 cpu.records.clear()
@@ -225,6 +232,8 @@ class Pair:
             if kind == OP_MOVE:
                 slot = next(self.spare, 0)
                 found += [(time, kind, 0, gpfn, slot)] if slot else []
+            elif kind == OP_ZAP and which % 4 == 3:
+                found.append((time, kind, 0, GPA_PAGES + which % len(self.reference.vcpus), 1))
             else:
                 found.append((time, kind, PROTNONE if protnone else 0, gpfn, 1 + which % 3))
         return sorted(found)

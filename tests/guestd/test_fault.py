@@ -68,7 +68,9 @@ def test_verify_sees_any_harm_to_a_page(harm: str, finished: Guest) -> None:
     gpt, ept, stamps = machine.gpt.copy(), machine.ept.copy(), machine.stamps.copy()
     assert verify(gpt, ept, stamps, owner, machine.table_gpfn) == (4096 * 7 // 8, 0)
     first, second = np.flatnonzero(gpt)[[10, 2000]]
-    slots = [(int(ept[(gpt[page] & FRAME_MASK) >> FRAME_SHIFT]) & FRAME_MASK) >> FRAME_SHIFT for page in (first, second)]
+    slots = [
+        (int(ept[(gpt[page] & FRAME_MASK) >> FRAME_SHIFT]) & FRAME_MASK) >> FRAME_SHIFT for page in (first, second)
+    ]
     if harm == "lost write":
         stamps[slots[0]] -= 1
     elif harm == "swapped contents":

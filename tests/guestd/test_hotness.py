@@ -19,7 +19,9 @@ def test_placement_puts_the_hottest_in_fast_memory(heats: list[int], capacity: i
 
 
 @given(heats=HEATS, fast=st.data(), capacity=st.integers(1, 70))
-def test_score_is_precision_and_recall_of_the_true_hot_set(heats: list[int], fast: st.DataObject, capacity: int) -> None:
+def test_score_is_precision_and_recall_of_the_true_hot_set(
+    heats: list[int], fast: st.DataObject, capacity: int
+) -> None:
     held = set(fast.draw(st.sets(st.integers(0, len(heats) - 1))))
     mask = np.array([page in held for page in range(len(heats))])
     result = score(np.array(heats, np.int64), mask, capacity)

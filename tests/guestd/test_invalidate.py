@@ -127,8 +127,8 @@ def test_an_invept_drops_everything_and_costs_a_cold_walk(costs: Costs) -> None:
     touch_pages(machine, 0, [0])
     run(machine, 1 * US)
     cold = int(machine.counters[C.access__walk_refs])
-    # 24 by Bhargava et al., ASPLOS'08, less what the walk itself has cached by then: the EPT's upper levels for the leaf
-    # table (3, same 2 MiB as the upper tables), and its top two for the data.
+    # 24 by Bhargava et al., ASPLOS'08, less what the walk itself has cached by then: the EPT's upper levels for the
+    # leaf table (3, same 2 MiB as the upper tables), and its top two for the data.
     assert cold == 24 - 3 - 2
     machine.vcpus.field[0, IDLE] = 0
     touch_pages(machine, 0, [1])

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from guestd.report import pages_in_fast, percentiles_ns
 from guestd.vcpu import LATENCY_BIN_SHIFT, LATENCY_BINS
-from proto.counters import split
 from proto.costs import Costs
+from proto.counters import split
 from tests.guestd.machines import guest_config, run_guest
 
 
@@ -40,7 +40,9 @@ def test_ratios_follow_from_the_counts_beside_them(costs: Costs) -> None:
     )
     assert report["migration"]["promoted_pages"] == vmstat["pgpromote_success"]
     cpu = report["agent_cpu"]
-    assert cpu["modelled_s"]["total"] == pytest.approx(sum(cpu["modelled_s"][s] for s in ("track", "classify", "migrate")))
+    assert cpu["modelled_s"]["total"] == pytest.approx(
+        sum(cpu["modelled_s"][s] for s in ("track", "classify", "migrate"))
+    )
     assert cpu["measured_s"]["total"] == pytest.approx(
         sum(cpu["measured_s"][s] for s in ("track", "classify", "migrate", "other"))
     )

@@ -22,7 +22,7 @@ def test_small_caches_hit_and_replace_as_the_model(keys: list[int], sets: int) -
     tags, recent = np.zeros(sets * WALK_WAYS, np.int64), np.zeros(sets, np.int64)
     model: Cache[None] = Cache(sets * WALK_WAYS, WALK_WAYS)
     for key in keys:
-        expected = key in model.keys()
+        expected = key in model
         if not expected:
             model.put(key, None)
         model.use(key)
@@ -36,7 +36,7 @@ def test_a_working_set_that_fits_stays(ways: int) -> None:
     sets = 8
     model: Cache[None] = Cache(sets * ways, ways)
     for key in list(range(sets * ways)) * 3:
-        if key not in model.keys():
+        if key not in model:
             model.put(key, None)
         model.use(key)
     assert sorted(model.keys()) == list(range(sets * ways))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from guestd.jit import kernel
+from guestd.tlb import TLB_TAG_SHIFT
 from guestd.vcpu import (
     EPT_UPPER,
     GUEST_UPPER,
@@ -16,7 +17,6 @@ from guestd.vcpu import (
     drop_pages_everywhere,
     new_vcpus,
 )
-from guestd.tlb import TLB_TAG_SHIFT
 from proto.costs import Costs
 
 FULL = ("tlb", "pde", "nested", "ept_pde")

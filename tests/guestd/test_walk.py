@@ -5,8 +5,8 @@ import pytest
 
 from guestd import walk as mmu
 from guestd.jit import kernel
-from guestd.walk import PRICE_EPT_LEAF, PRICE_GUEST_LEAF_FAST, PRICE_GUEST_LEAF_SLOW, PRICE_UPPER, REFS_SHIFT
 from guestd.vcpu import FIELDS
+from guestd.walk import PRICE_EPT_LEAF, PRICE_GUEST_LEAF_FAST, PRICE_GUEST_LEAF_SLOW, PRICE_UPPER, REFS_SHIFT
 from proto.arrays import Words
 
 PRICE = np.zeros(4, np.int64)
@@ -29,7 +29,8 @@ class Mmu:
 
     def walk(self, table: int, gpfn: int, table_gpfn: int = 1 << 20, slow: int = 0) -> tuple[int, int]:
         """(references, cost)"""
-        walked = int(walk(*self.caches, self.field, table, table_gpfn, slow, gpfn, PRICE))
+        a, b, c, d, e, f = self.caches
+        walked = int(walk(a, b, c, d, e, f, self.field, table, table_gpfn, slow, gpfn, PRICE))
         return walked >> REFS_SHIFT, walked & ((1 << REFS_SHIFT) - 1)
 
 

@@ -58,7 +58,8 @@ def lru_remove(nodes: Nodes, frame: int) -> None:
 def walk_list(nodes: Nodes, node: int, active: int) -> list[int]:
     """Frames of a list from head to tail, followed both ways."""
     head = nodes.page.size + 2 * node + active
-    forward, backward = [], []
+    forward: list[int] = []
+    backward: list[int] = []
     for link, found in ((nodes.next, forward), (nodes.previous, backward)):
         at = int(link[head])
         while at != head:
@@ -142,8 +143,8 @@ def test_lists_and_frames_survive_any_operations(operations: list[tuple[str, int
             to_active = [(frame + number) % 2 == 0 for frame in back]
             referenced = [(frame + number) % 3 == 0 for frame in back]
             put_back(nodes, np.array(back, np.int32), np.array(to_active, np.uint8), np.array(referenced, np.uint8))
-            for frame, is_active, is_referenced in zip(back, to_active, referenced, strict=True):
-                model.lists[frame // SPAN, int(is_active)].insert(0, frame)
+            for frame, goes_active, is_referenced in zip(back, to_active, referenced, strict=True):
+                model.lists[frame // SPAN, int(goes_active)].insert(0, frame)
                 (model.referenced.add if is_referenced else model.referenced.discard)(frame)
         elif what == "mark" and used:
             frame = used[number % len(used)]

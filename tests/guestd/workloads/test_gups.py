@@ -59,7 +59,7 @@ def test_the_hot_set_gets_its_share(layout: str, share: float, costs: Costs) -> 
 @pytest.mark.parametrize("params", [{}, {"layout": "scattered"}, {"distribution": "uniform"}, {"distribution": "zipf"}])
 def test_heat_is_what_a_histogram_shows(params: dict[str, Scalar], costs: Costs) -> None:
     """Pearson's chi-square over pages grouped by heat: near its degrees of freedom if the law is the stated one."""
-    gups = make(costs, **params)
+    gups = Gups(guest_config(costs, workload_params=params))
     heat = gups.heat()
     assert heat is not None
     assert heat.sum() == heat[gups.first_page : gups.first_page + gups.pages].sum(), "no heat outside the array"
