@@ -81,9 +81,9 @@ def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, opera
             request_flush(vcpus, state, now, counters)
     elif operation.kind == OP_STALL:
         field = vcpus.field[operation.a]
-        field[EXIT_START] = field[CLOCK]
+        field[EXIT_START] = now
+        field[EXIT_END] = now + operation.b
         field[CLOCK] += operation.b
-        field[EXIT_END] = field[CLOCK]
         field[FLUSH_AT_ENTRY] = 0
         counters[C.time__exit_ps] += operation.b
         counters[C.time__stolen_ps] += operation.b

@@ -31,7 +31,7 @@ from proto.entry import (
     WRITABLE,
     YOUNG,
 )
-from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP
+from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP
 from proto.trace import LOAD, STORE
 
 Value = TypeVar("Value")
@@ -386,6 +386,13 @@ class Reference:
             self.counters["kvm__mmu_zapped"] += zapped
             if zapped:
                 self._request(time)
+        elif kind == OP_STALL:
+            cpu = self.vcpus[a]
+            cpu.exit = (time, time + b)
+            cpu.clock += b
+            cpu.flush_at_entry = False
+            self.counters["time__exit_ps"] += b
+            self.counters["time__stolen_ps"] += b
         else:
             assert kind == OP_MOVE
             if self._zap(a):

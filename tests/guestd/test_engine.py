@@ -30,7 +30,7 @@ from proto.entry import (
     STAMP_PAGE_SHIFT,
     WRITABLE,
 )
-from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
+from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP, OPERATION
 from proto.trace import LOAD, MODIFY, STORE
 from proto.units import PS_PER_S
 from tests.guestd.machines import GPA_PAGES, SLOTS, TABLES, bare_machine, guest_config, run_guest, small_costs
@@ -65,7 +65,7 @@ def segments(vcpus: int) -> st.SearchStrategy[Segment]:
         duration_ns=st.integers(1, 30_000),
         accesses=st.lists(st.binary(min_size=30, max_size=300), min_size=vcpus, max_size=vcpus),
         host=st.lists(
-            st.tuples(st.integers(0, 30_000), st.sampled_from((OP_FLUSH, OP_ZAP, OP_MOVE)), st.integers(0, 255),
+            st.tuples(st.integers(0, 30_000), st.sampled_from((OP_FLUSH, OP_ZAP, OP_MOVE, OP_STALL)), st.integers(0, 255),
                       st.booleans()),
             max_size=6,
         ),
@@ -232,6 +232,8 @@ class Pair:
             if kind == OP_MOVE:
                 slot = next(self.spare, 0)
                 found += [(time, kind, 0, gpfn, slot)] if slot else []
+            elif kind == OP_STALL:
+                found.append((time, kind, 0, which % len(self.reference.vcpus), 5_000 * which))
             elif kind == OP_ZAP and which % 4 == 3:
                 found.append((time, kind, 0, GPA_PAGES + which % len(self.reference.vcpus), 1))
             else:

@@ -22,7 +22,7 @@ from proto.entry import (
     WRITABLE,
     YOUNG,
 )
-from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
+from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP, OPERATION
 from proto.trace import STORE
 from proto.units import PS_PER_NS
 from tests.guestd.machines import SLOTS, bare_machine, small_costs, touch_pages
@@ -120,6 +120,16 @@ def test_a_vcpu_in_an_ept_violation_is_not_kicked(costs: Costs) -> None:
     run(machine, 20 * US, flush(1 * US), flush(5 * US))
     assert machine.counters[C.kvm__remote_tlb_flush] == 0
     assert machine.counters[C.kvm__tlb_flush] == 1
+
+
+def test_a_stalled_vcpu_is_outside_guest_mode_for_as_long(costs: Costs) -> None:
+    machine = mapped(costs, 2)
+    busy(machine)
+    run(machine, 30 * US, (2 * US, OP_STALL, 0, 1, 10 * US), flush(5 * US), flush(9 * US), flush(20 * US))
+    count = machine.counters
+    assert count[C.exit__kick] == 2 + 2, "vCPU 0 at 5 and 9 us, both at 20"
+    assert count[C.kvm__tlb_flush] == 2 + 1 + 2
+    assert count[C.time__stolen_ps] == 10 * US + 4 * costs.vmexit_ps + 5 * costs.invept_ps
 
 
 def test_an_invept_drops_everything_and_costs_a_cold_walk(costs: Costs) -> None:
