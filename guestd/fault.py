@@ -31,14 +31,16 @@ QUEUED = 1 << 10
 NO_FRAME = -1
 
 OUT_OF_MEMORY = 1
+HINT_BATCH = 32
+"""Hint faults taken at a time, so that kswapd can free frames between promotions as it would (SWAP_CLUSTER_MAX)."""
 
 
 class Batch:
     """What one look-ahead found. Arrays are int64[block] unless said otherwise; the counts say how much is filled."""
 
     def __init__(self, block: int) -> None:
-        self.hint_page = np.zeros(block, np.int64)
-        self.hint_position = np.zeros(block, np.int64)
+        self.hint_page = np.zeros(HINT_BATCH, np.int64)
+        self.hint_position = np.zeros(HINT_BATCH, np.int64)
         self.gpfn = np.zeros(3 * block, np.int64)
         self.gpfn_position = np.zeros(3 * block, np.int64)
         self.gpfn_old = np.zeros(3 * block, np.uint8)
@@ -74,6 +76,9 @@ def collect(
         entry = gpt[page]
         if (entry & PROTNONE) != 0:
             if (entry & QUEUED) == 0:
+                if hints == HINT_BATCH:
+                    end = position
+                    break
                 gpt[page] = entry | QUEUED
                 hint_page[hints], hint_position[hints] = page, position
                 hints += 1

@@ -273,7 +273,7 @@ class Guest:
             total = int(charge(vcpus.fault_ps[vcpu], batch.hint_position[:hints], cost))
             counters[C.time__fault_ps] += total
             counters[C.time__stolen_ps] += total
-        self._wake_kswapd()
+        self._wake_kswapd(now)
         if state == OUT_OF_MEMORY and not (hints or gpfns or fresh):
             raise GuestError(
                 f"out of memory: {self.workload.space.pages} pages of gVA on {config.total_pages} pages of memory; "
@@ -351,15 +351,15 @@ class Guest:
 
     def _tick(self) -> None:
         self._at(self.now + self._tick_ps, self._tick)
-        self._wake_kswapd()
+        self._wake_kswapd(self.now)
 
-    def _wake_kswapd(self) -> None:
+    def _wake_kswapd(self, at_ps: int) -> None:
         """Allocations and scheduler ticks wake kswapd when the fast node is low (the TPP patches, mm/page_alloc.c)."""
         mark = self.tiering.reclaim_mark
         low = mark is not None and self.nodes.free_count[FAST] < self.nodes.watermark[FAST, mark]
         if low and not self._kswapd_queued:
             self._kswapd_queued = True
-            self._at(max(self._kswapd_at, self.now + self.config.costs.context_switch_ps), self._run_kswapd)
+            self._at(max(self._kswapd_at, at_ps + self.config.costs.context_switch_ps), self._run_kswapd)
 
     def _run_kswapd(self) -> None:
         """kswapd works for half a tick at most, then leaves its vCPU to the task for as long."""
@@ -368,7 +368,7 @@ class Guest:
         self._activate(KTHREAD, self._agent_vcpu(), self.tiering.on_pressure, self._tick_ps // 2)
         spent = self.meter.now - began
         self._kswapd_at = began + (2 * spent if spent else self._tick_ps)
-        self._wake_kswapd()
+        self._wake_kswapd(began)
 
     # -- agent thread -------------------------------------------------------------------------------------------
 
@@ -405,6 +405,9 @@ class Guest:
     def _finish(self, at_ps: int) -> None:
         self.phase = "done"
         self.ended_ps = at_ps
+        self._verify()
+
+    def _verify(self) -> None:
         checked, bad = verify(self.machine.gpt, self.machine.ept, self.machine.stamps,
                               int(self.machine.state[S.OWNER]),
                               np.concatenate([self.machine.table_gpfn, self.machine.ds.gpfn.reshape(-1)]))  # fmt: skip
@@ -412,7 +415,9 @@ class Guest:
         self.machine.counters[C.integrity__mismatches] += bad
 
     def report(self) -> dict[str, object]:
-        """The VM's part of summary.json, but for what only the process knows."""
+        """The VM's part of summary.json, but for what only the process knows; of a stopped run too."""
+        if not self.finished:
+            self._verify()
         return build_report(self)
 
     def close(self) -> None:

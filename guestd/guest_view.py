@@ -93,6 +93,7 @@ class GuestView(PageView):
         return int(tables[0]), int(tables[-1]) + (PAGE_SIZE << TABLE_SHIFT)
 
     def protect(self, first: int, count: int) -> int:
+        count = self._clip(first, count)
         changed = int(_protect(self.meter.book, self._table, self._half, first, count))
         self.meter.charge(self.costs.protect_pte_ps * count)
         self.counters[C.vmstat__numa_pte_updates] += changed

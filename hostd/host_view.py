@@ -113,6 +113,7 @@ class HostView(PageView):
             self.meter.charge(each * young)
 
     def protect(self, first: int, count: int) -> int:
+        count = self._clip(first, count)
         slow = int(_count_slow(self.meter.book, self._table, self._half, first, count))
         self.counters[C.vmstat__numa_pte_updates] += slow
         for start in range(first, first + count, PUD_PAGES):

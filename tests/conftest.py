@@ -1,5 +1,6 @@
 """What tests of several packages need: a host's costs, guests, and the record of a small run that never happened."""
 
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fleet import hosts
+from fleet import hosts, numba_cache
 from fleet.experiment import Experiment, Tenant
 from fleet.outcome import FleetResult, Outcome, Sample
 from proto.config import EngineConfig, GuestConfig, GuestKernel
@@ -16,6 +17,9 @@ from proto.counters import C, new_counters
 from proto.units import PAGE_SIZE, PS_PER_MS, PS_PER_S
 
 MIB = 1 << 20
+
+# Set before the first kernel is imported: the kernels that `fleet run` compiled serve the tests too, and no stale ones.
+os.environ["NUMBA_CACHE_DIR"] = str(numba_cache.cache_directory())
 
 # No test judges by the clock, so a busy machine must not fail one.
 settings.register_profile("fleet", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from guestd.jit import inline, kernel
-from proto.arrays import Bytes, Ints, Words
+from proto.arrays import Bytes, Ints, Mask, Words
 
 FAST, SLOW = 0, 1
 WMARK_MIN, WMARK_LOW, WMARK_HIGH, WMARK_DEMOTE = 0, 1, 2, 3
@@ -174,19 +174,37 @@ def put_back(nodes: Nodes, frames: Ints, active: Bytes, referenced: Bytes) -> No
             nodes.flags[frame] &= ~F_REFERENCED
 
 
+@inline
+def _mark(nodes: Nodes, frame: int) -> int:
+    activated = 0
+    if nodes.flags[frame] & F_ACTIVE:
+        nodes.flags[frame] |= F_REFERENCED
+    elif nodes.flags[frame] & F_REFERENCED:
+        if nodes.flags[frame] & F_LRU:
+            lru_remove(nodes, frame)
+            lru_add(nodes, frame, ACTIVE)
+        nodes.flags[frame] &= ~F_REFERENCED
+        activated = 1
+    else:
+        nodes.flags[frame] |= F_REFERENCED
+    return activated
+
+
 @kernel
 def mark_accessed(nodes: Nodes, frames: Ints) -> int:
     """mark_page_accessed (mm/swap.c): inactive -> referenced -> active. Returns the number activated."""
     activated = 0
     for frame in frames:
-        if nodes.flags[frame] & F_ACTIVE:
-            nodes.flags[frame] |= F_REFERENCED
-        elif nodes.flags[frame] & F_REFERENCED:
-            if nodes.flags[frame] & F_LRU:
-                lru_remove(nodes, frame)
-                lru_add(nodes, frame, ACTIVE)
-            nodes.flags[frame] &= ~F_REFERENCED
-            activated += 1
-        else:
-            nodes.flags[frame] |= F_REFERENCED
+        activated += _mark(nodes, frame)
+    return activated
+
+
+@kernel
+def mark_inactive_accessed(nodes: Nodes, frames: Ints, active: Mask) -> int:
+    """`mark_accessed` on the frames that are not active; ``active``: bool[n], which are. Returns the activated."""
+    activated = 0
+    for i in range(frames.size):
+        active[i] = (nodes.flags[frames[i]] & F_ACTIVE) != 0
+        if not active[i]:
+            activated += _mark(nodes, frames[i])
     return activated

@@ -10,11 +10,11 @@ import numpy as np
 
 from guestd.meter import MIGRATE, TASK, TRACK
 from guestd.mm.kswapd import Kswapd
-from guestd.mm.nodes import FAST, WMARK_DEMOTE, WMARK_HIGH
+from guestd.mm.nodes import FAST, NO_PAGE, WMARK_DEMOTE, WMARK_HIGH
 from guestd.params import Param
 from guestd.tiering.policy import Params, Policy, Tiering
 from guestd.tiering.view import PageView
-from proto.arrays import Words
+from proto.arrays import Ints, Mask, Words
 from proto.counters import C
 from proto.units import PAGE_SHIFT, PS_PER_MS
 
@@ -94,31 +94,33 @@ class Tpp(Tiering):
     def on_hint_faults(self, pages: Words) -> Words:
         view = self.view
         cost = np.full(pages.size, view.costs.hint_fault_ps, np.int64)
+        self._faults_since_round += pages.size
         with view.meter.stage(TRACK):
             view.counters[C.vmstat__numa_hint_faults] += pages.size
             view.meter.charge(view.costs.hint_fault_ps * pages.size)
             frames = view.frames(pages)
-            wanted = view.is_active(frames) if self.params["active_filter"] else np.ones(pages.size, np.bool_)
-            view.mark_accessed(frames[~wanted])
-        promoted = np.zeros(pages.size, np.bool_)
-        with view.meter.stage(MIGRATE):
-            candidates = pages[wanted]
-            view.counters[C.vmstat__pgpromote_candidate] += candidates.size
-            view.counters[C.vmstat__pgpromote_candidate_demoted] += int(view.was_demoted(frames[wanted]).sum())
-            before = view.now
-            moved = view.move(candidates, FAST, view.watermark(FAST, WMARK_HIGH), sync=True)
-            count = int(moved.sum())
-            promoted[np.flatnonzero(wanted)[moved]] = True
-            view.counters[C.vmstat__pgpromote_success] += count
-            view.counters[C.vmstat__numa_pages_migrated] += count
-            view.counters[C.vmstat__pgmigrate_fail_dst_node_full] += candidates.size - count
-            if count:
-                cost[promoted] += (view.now - before) // count
+            wanted = view.mark_inactive_accessed(frames) if self.params["active_filter"] else frames != NO_PAGE
+        if wanted.any():
+            with view.meter.stage(MIGRATE):
+                self._promote(pages, frames, wanted, cost)
         with view.meter.stage(TRACK):
             view.unprotect(pages)
-        self._faults_since_round += pages.size
-        self._promoted_since_round += count
         return cost
+
+    def _promote(self, pages: Words, frames: Ints, wanted: Mask, cost: Words) -> None:
+        """Migrate the ``wanted`` pages in their faults; adds what that cost each to ``cost``."""
+        view = self.view
+        candidates = np.flatnonzero(wanted)
+        view.counters[C.vmstat__pgpromote_candidate] += candidates.size
+        view.counters[C.vmstat__pgpromote_candidate_demoted] += int(view.was_demoted(frames[candidates]).sum())
+        before = view.now
+        moved = candidates[view.move(pages[candidates], FAST, view.watermark(FAST, WMARK_HIGH), sync=True)]
+        view.counters[C.vmstat__pgpromote_success] += moved.size
+        view.counters[C.vmstat__numa_pages_migrated] += moved.size
+        view.counters[C.vmstat__pgmigrate_fail_dst_node_full] += candidates.size - moved.size
+        if moved.size:
+            cost[moved] += (view.now - before) // moved.size
+        self._promoted_since_round += moved.size
 
     def on_pressure(self, budget_ps: int) -> None:
         self._kswapd.run(budget_ps)

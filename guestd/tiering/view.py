@@ -28,6 +28,7 @@ from guestd.mm.nodes import (
     lru_add,
     lru_remove,
     mark_accessed,
+    mark_inactive_accessed,
     put_back,
     take_free,
 )
@@ -134,6 +135,7 @@ def _relink_pairs(nodes: Nodes, first: Ints, second: Ints) -> None:
 _isolate = metered(isolate_tail)
 _put_back = metered(put_back)
 _mark_accessed = metered(mark_accessed)
+_mark_inactive_accessed = metered(mark_inactive_accessed)
 
 
 class PageView(ABC):
@@ -169,6 +171,7 @@ class PageView(ABC):
 
     def on_node(self, first: int, count: int, node: int, limit: int) -> Words:
         """Up to ``limit`` pages of [first, first + count) that lie on ``node``, in order of address (int64[n])."""
+        count = self._clip(first, count)
         out = np.empty(min(limit, count), np.int64)
         found, visited = _on_node(self.meter.book, self._table, self._half, first, count, node, out)
         self.meter.charge(self.costs.scan_pte_ps * visited)
@@ -176,8 +179,15 @@ class PageView(ABC):
 
     def count_mapped(self, first: int, count: int) -> int:
         """Mapped pages in [first, first + count)."""
+        count = self._clip(first, count)
         self.meter.charge(self.costs.scan_pte_ps * count)
         return int(_count_mapped(self.meter.book, self._table, first, count))
+
+    def _clip(self, first: int, count: int) -> int:
+        """``count`` cut to the pages that there are; raises ValueError for a range that begins outside them."""
+        if not 0 <= first <= self.pages or count < 0:
+            raise ValueError(f"pages [{first}, {first + count}) of a view of {self.pages}")
+        return min(count, self.pages - first)
 
     def frames(self, pages: Words) -> Ints:
         """Frame of each page (int32[n]), NO_PAGE where unmapped."""
@@ -224,6 +234,13 @@ class PageView(ABC):
         activated = _mark_accessed(self.meter.book, self.nodes, frames)
         self.counters[C.vmstat__pgactivate] += activated
         self.meter.charge(self.costs.lru_page_ps * frames.size)
+
+    def mark_inactive_accessed(self, frames: Ints) -> Mask:
+        """`mark_accessed` on the frames that are on no active list; which were active already (bool[n])."""
+        active = np.empty(frames.size, np.bool_)
+        self.counters[C.vmstat__pgactivate] += _mark_inactive_accessed(self.meter.book, self.nodes, frames, active)
+        self.meter.charge(self.costs.lru_page_ps * (frames.size - int(active.sum())))
+        return active
 
     def is_active(self, frames: Ints) -> Mask:
         """Whether each frame is on an active list."""

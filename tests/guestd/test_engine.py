@@ -65,8 +65,8 @@ def segments(vcpus: int) -> st.SearchStrategy[Segment]:
         duration_ns=st.integers(1, 30_000),
         accesses=st.lists(st.binary(min_size=30, max_size=300), min_size=vcpus, max_size=vcpus),
         host=st.lists(
-            st.tuples(st.integers(0, 30_000), st.sampled_from((OP_FLUSH, OP_ZAP, OP_MOVE, OP_STALL)), st.integers(0, 255),
-                      st.booleans()),
+            st.tuples(st.integers(0, 30_000), st.sampled_from((OP_FLUSH, OP_ZAP, OP_MOVE, OP_STALL)),
+                      st.integers(0, 255), st.booleans()),
             max_size=6,
         ),
         guest=st.lists(
