@@ -20,7 +20,7 @@ from fleet.experiment import Experiment, Tenant, scaled_pages, scaled_transactio
 from fleet.names import unknown
 from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, engine_config, guest_kernel
 from fleet.spec_trace import check_trace
-from fleet.spec_values import Given, exact_size, fraction, integer, is_file, parameter, size, text, time_ps
+from fleet.spec_values import Given, exact_size, exact_time, fraction, integer, is_file, parameter, size, text, time_ps
 from guestd.params import Param
 from proto.config import Scalar
 from proto.costs import Costs
@@ -58,6 +58,13 @@ class Kind(Protocol):
     def min_memory_bytes(self) -> int: ...
 
 
+class PolicyKind(Kind, Protocol):
+    """What the spec needs to know of a policy."""
+
+    @property
+    def view(self) -> str: ...
+
+
 K = TypeVar("K", bound=Kind)
 Layer = dict[str, Given]
 """Values of one origin by key; settings under their full name, such as ``policy.scan_period``."""
@@ -66,7 +73,7 @@ Layer = dict[str, Given]
 class Registries(NamedTuple):
     """Policies and workloads by name."""
 
-    policies: Mapping[str, Kind]
+    policies: Mapping[str, PolicyKind]
     workloads: Mapping[str, Kind]
 
 
@@ -123,6 +130,7 @@ class _Resolver:
             raise given.refuse(unknown(f"{space} parameter", name, self.offered[space]))
         if (vms := sum(tenant.vms for tenant in tenants)) > MAX_VMS:
             raise SpecError(f"vms: {vms} VMs in all; a host has at most {MAX_VMS}")
+        self._check_quantum(engine.quantum_ps, tenants)
         sample = _bounded_time(run["sample"], PS_PER_MS, MAX_TIME_PS)
         if sample < engine.quantum_ps:
             raise run["sample"].refuse(
@@ -142,6 +150,17 @@ class _Resolver:
             hang_timeout_s=_bounded_time(run["hang_timeout"], PS_PER_S, MAX_TIME_PS) / PS_PER_S,
             tenants=tenants,
         )
+
+    def _check_quantum(self, quantum_ps: int, tenants: tuple[Tenant, ...]) -> None:
+        """A host acts on a VM at barriers: with several ticks between two, it would look at the same A bits twice."""
+        for tenant in tenants:
+            tick_ps = PS_PER_S // tenant.kernel.hz
+            if self.registries.policies[tenant.policy].view == "host" and quantum_ps > tick_ps:
+                raise SpecError(
+                    f"engine.quantum: {exact_time(quantum_ps)} is longer than a tick ({exact_time(tick_ps)} at "
+                    f"guest.hz={tenant.kernel.hz}), which the host-side policy {tenant.policy!r} cannot do with; "
+                    f"set engine.quantum={exact_time(tick_ps)} or less"
+                )
 
     def _host(self, given: Given, layer: Layer) -> tuple[Costs, dict[str, str]]:
         profile = None

@@ -20,6 +20,7 @@ class Kind:
 
     params: tuple[Param, ...] = ()
     min_memory_bytes = 0
+    view = "-"
 
 
 def guest() -> GuestConfig:

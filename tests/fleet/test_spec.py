@@ -30,6 +30,7 @@ class Kind:
 
     params: tuple[Param, ...] = ()
     min_memory_bytes: int = 16 << 20
+    view: str = "guest"
 
 
 SCAN = Param("scan_period", 1000, "ms", "time between two scans", "test", minimum=10, maximum=60_000)
@@ -39,7 +40,12 @@ SHARE = Param("share", 0.5, "", "share of something", "test", minimum=0, maximum
 LAYOUT = Param("layout", "end", "", "where the hot set lies", "test", ("end", "start", "scattered"))
 FILE = Param("file", "", "path", "trace to replay", "test")
 REGISTRIES = Registries(
-    {"none": Kind(), "g-tpp": Kind((SCAN, BATCH)), "hyperplace": Kind((SCAN, QUIET, SHARE), 64 << 20)},
+    {
+        "none": Kind(),
+        "g-tpp": Kind((SCAN, BATCH)),
+        "hyperplace": Kind((SCAN, QUIET, SHARE), 64 << 20),
+        "h-tpp": Kind(view="host"),
+    },
     {"gups": Kind((LAYOUT, SHARE)), "trace": Kind((FILE,))},
 )
 
@@ -440,3 +446,12 @@ def test_the_examples_resolve() -> None:
         "h-tpp",
     }
     assert len(load(folder / "mixed_tenants.toml").guests()) == 4
+
+
+def test_a_host_that_acts_at_barriers_needs_one_a_tick() -> None:
+    with pytest.raises(
+        SpecError, match=r"4ms is longer than a tick \(1ms at guest.hz=1000\).* set engine.quantum=1ms or less"
+    ):
+        make("guest.hz=1000", policy="h-tpp")
+    assert make("guest.hz=1000", "engine.quantum=1ms", policy="h-tpp").engine.quantum_ps == PS_PER_MS
+    assert make("guest.hz=1000", policy="g-tpp").tenants[0].kernel.hz == 1000

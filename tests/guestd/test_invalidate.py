@@ -183,10 +183,10 @@ def test_move_carries_the_content_and_leaves_the_entry_to_the_next_fault(present
     machine = mapped(costs, 1)
     stamp = int(machine.stamps[4])
     if not present:
-        machine.ept[104] &= ~PRESENT
+        machine.ept[104] = (machine.ept[104] & ~PRESENT) | PROTNONE
     run(machine, 1 * US, (1 * US, OP_MOVE, 0, 104, 200))
     entry = int(machine.ept[104])
     assert (entry & FRAME_MASK) >> FRAME_SHIFT == 200
-    assert not entry & (PRESENT | ACCESSED | DIRTY)
+    assert not entry & (PRESENT | ACCESSED | DIRTY | PROTNONE)
     assert machine.stamps[200] == stamp
     assert machine.counters[C.kvm__remote_tlb_flush_requests] == present
