@@ -76,7 +76,7 @@ def test_without_anything_the_defaults_make_an_experiment() -> None:
     (guest,) = experiment.guests()
     assert (guest.policy, guest.workload, guest.vcpus, guest.run_ps) == ("none", "gups", 1, 10 * PS_PER_S)
     assert (guest.total_pages, guest.fast_pages, guest.slow_pages) == (131072, 26214, 104858)
-    assert (guest.engine.quantum_ps, guest.engine.slice_ps, guest.engine.block) == (10 * PS_PER_MS, PS_PER_MS, 2048)
+    assert (guest.engine.quantum_ps, guest.engine.slice_ps, guest.engine.block) == (4 * PS_PER_MS, PS_PER_MS, 2048)
     assert (guest.kernel.hz, guest.kernel.sched_slice_ps, guest.kernel.ds_pages) == (250, 8 * PS_PER_MS, 16)
     assert guest.kernel.ds_prefault
     assert not guest.kernel.batched_unmap_flush
