@@ -23,7 +23,7 @@ from guestd.pebs import (
     P_THRESHOLD_PS,
     write_record,
 )
-from guestd.tlb import TLB_DIRTY, TLB_FRAME_MASK, TLB_FRAME_SHIFT, TLB_TAG_SHIFT, TLB_WRITABLE, find, touch, victim
+from guestd.tlb import TLB_DIRTY, TLB_FRAME_MASK, TLB_FRAME_SHIFT, TLB_TAG_SHIFT, find, touch, victim
 from guestd.vcpu import (
     CLOCK,
     EXIT_END,
@@ -165,9 +165,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             else:
                 misses += 1
                 way = victim(recent, index)
-            tlb[base + way] = (
-                ((page + 1) << TLB_TAG_SHIFT) | (frame << TLB_FRAME_SHIFT) | TLB_WRITABLE | (TLB_DIRTY if write else 0)
-            )
+            tlb[base + way] = ((page + 1) << TLB_TAG_SHIFT) | (frame << TLB_FRAME_SHIFT) | (TLB_DIRTY if write else 0)
         assume(way >= 0)
         touch(recent, index, way, ways)
 
@@ -281,7 +279,7 @@ def run(m: Machine, operations: np.ndarray, until: int) -> int:
         state[S.TURN] = 0
         state[S.NOW] = boundary
         while next_operation < operations.size and operations[next_operation].time_ps <= boundary:
-            apply_operation(m.vcpus, m.ept, m.stamps, state, operations[next_operation], m.counters)
+            apply_operation(m.vcpus, m.ept, m.stamps, state, m.budget, operations[next_operation], m.counters)
             next_operation += 1
         state[S.OPERATION] = next_operation
         if boundary >= until:

@@ -185,7 +185,7 @@ class Guest:
                 elif reason == PMI:
                     self._serve_pmu()
                 elif reason == COMPLETED:
-                    self._finish(int(machine.vcpus.field[:, CLOCK].max()))
+                    self._finish(int(machine.vcpus.field[state[S.TURN], CLOCK]))
             if self.phase == "run" and self.config.run_ps and self.now >= self.run_started_ps + self.config.run_ps:
                 self._finish(self.now)
             while self._timers and self._timers[0][0] <= self.now and not self.finished:
@@ -220,7 +220,7 @@ class Guest:
             count = self._generate(vcpu)
             field[vcpu, POSITION], field[vcpu, LENGTH] = 0, count
             if count == 0:
-                field[vcpu, IDLE] = 1
+                field[vcpu, IDLE], field[vcpu, FLUSH_AT_ENTRY] = 1, 0
                 if field[:, IDLE].all():
                     self._populated()
 
@@ -235,7 +235,7 @@ class Guest:
         field, state = self.machine.vcpus.field, self.machine.state
         now = int(field[:, CLOCK].max())
         field[:, CLOCK] = now
-        field[:, IDLE] = 0
+        field[:, IDLE] = field[:, FLUSH_AT_ENTRY] = 0
         state[S.LEFT] = self.config.transactions or -1
         self.run_started_ps = now
         self.phase = "run"
@@ -262,8 +262,7 @@ class Guest:
             counters[C.exit__ept_violation] += gpfns
             counters[C.time__exit_ps] += total
             counters[C.time__stolen_ps] += int(cost[batch.gpfn_old[:gpfns] == 1].sum())
-        if fresh and clear_fresh(
-            machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]), batch.fresh[:fresh],
+        if fresh and clear_fresh(machine.ept, machine.stamps, int(machine.state[S.OWNER]), batch.fresh[:fresh],
             batch.fresh_gpfn[:fresh],
         ):  # fmt: skip
             raise GuestError("the host left frames unmapped after it had answered the fault")
@@ -274,6 +273,8 @@ class Guest:
             counters[C.time__fault_ps] += total
             counters[C.time__stolen_ps] += total
         self._wake_kswapd(now)
+        if state != OUT_OF_MEMORY and not (hints or gpfns or fresh):
+            raise GuestError("an access cannot be translated, and no fault says why; the policy left an entry unusable")
         if state == OUT_OF_MEMORY and not (hints or gpfns or fresh):
             raise GuestError(
                 f"out of memory: {self.workload.space.pages} pages of gVA on {config.total_pages} pages of memory; "
@@ -299,7 +300,7 @@ class Guest:
         machine = self.machine
         first = STAMP_TABLE_BASE + machine.table_gpfn.size
         pages = first + np.flatnonzero(np.isin(machine.ds.gpfn.reshape(-1), gpfns))
-        clear_fresh(machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]), pages, gpfns)
+        clear_fresh(machine.ept, machine.stamps, int(machine.state[S.OWNER]), pages, gpfns)
 
     def _serve_pmu(self) -> None:
         """A record met an EPT violation, or a DS area is nearly full."""
@@ -330,13 +331,14 @@ class Guest:
 
     def _take_pmi(self, vcpu: int) -> None:
         """Exit, injection, handler; the handler drains the area."""
-        field, costs, counters = self.machine.vcpus.field[vcpu], self.config.costs, self.machine.counters
-        counters[C.pebs__pmi] += 1
-        counters[C.exit__pmi] += 1
-        self._exit(vcpu, costs.pmi_guest_ps)
-        counters[C.time__stolen_ps] += costs.pmi_ps
-        field[CLOCK] += costs.pmi_ps
-        self._activate(INTERRUPT, vcpu, self._drain, vcpu)
+        self.machine.counters[[C.pebs__pmi, C.exit__pmi]] += 1
+        self._exit(vcpu, self.config.costs.pmi_guest_ps)
+        self._activate(INTERRUPT, vcpu, self._handle_pmi, vcpu)
+
+    def _handle_pmi(self, vcpu: int) -> None:
+        with self.meter.stage(TRACK):
+            self.meter.charge(self.config.costs.pmi_ps)
+        self._drain(vcpu)
 
     def _context_switch(self, vcpu: int) -> None:
         """The task is switched out and, after kernel work, in again."""
@@ -410,7 +412,8 @@ class Guest:
     def _verify(self) -> None:
         checked, bad = verify(self.machine.gpt, self.machine.ept, self.machine.stamps,
                               int(self.machine.state[S.OWNER]),
-                              np.concatenate([self.machine.table_gpfn, self.machine.ds.gpfn.reshape(-1)]))  # fmt: skip
+                              np.concatenate([self.machine.table_gpfn, self.machine.ds.gpfn.reshape(-1)]),
+                              self.machine.table_gpfn.size)  # fmt: skip
         self.pages_checked = int(checked)
         self.machine.counters[C.integrity__mismatches] += bad
 

@@ -43,7 +43,7 @@ def _protect(gpt: Words, half: int, first: int, count: int) -> int:
 
 @metered
 def _copy_and_map(
-    gpt: Words, ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Ints, targets: Ints
+    gpt: Words, ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Ints, targets: Ints, protnone: int
 ) -> None:
     """Copy contents gPA to gPA through the EPT, point the entries at the targets (old, clean), free the sources."""
     for i in range(pages.size):
@@ -53,7 +53,10 @@ def _copy_and_map(
         ept[targets[i]] = entry | ACCESSED | DIRTY
         ept[frames[i]] |= ACCESSED
         old = gpt[pages[i]]
-        gpt[pages[i]] = (old & ~(FRAME_MASK | ACCESSED | DIRTY)) | (np.int64(targets[i]) << FRAME_SHIFT)
+        entry = (old & ~(FRAME_MASK | ACCESSED | DIRTY)) | (np.int64(targets[i]) << FRAME_SHIFT)
+        if protnone != 0:
+            entry = (entry & ~PRESENT) | protnone
+        gpt[pages[i]] = entry
         give_free(nodes, frames[i])
 
 
@@ -97,9 +100,7 @@ class GuestView(PageView):
         changed = int(_protect(self.meter.book, self._table, self._half, first, count))
         self.meter.charge(self.costs.protect_pte_ps * count)
         self.counters[C.vmstat__numa_pte_updates] += changed
-        if changed > self._kernel.single_page_flush_ceiling:
-            self.flush_all()
-        elif changed:
+        if changed:
             # A range this short is flushed page by page; mmu_gather covers it from first to last changed page.
             self.flush_all() if count > self._kernel.single_page_flush_ceiling else self.flush_pages(
                 np.arange(first, first + count, dtype=np.int64), requests=1
@@ -172,11 +173,12 @@ class GuestView(PageView):
         budget[0, source] -= pages * PAGE_SIZE
         budget[1, target] -= pages * PAGE_SIZE
 
-    def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int) -> None:
+    def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int, protect: bool) -> None:
         machine = self._machine
         self._back(targets)
         self._flush_unmapped(pages, self._kernel.batched_unmap_flush and self.meter.context != TASK)
-        _copy_and_map(self.meter.book, machine.gpt, machine.ept, machine.stamps, self.nodes, pages, frames, targets)
+        _copy_and_map(self.meter.book, machine.gpt, machine.ept, machine.stamps, self.nodes, pages, frames, targets,
+                      PROTNONE if protect else 0)  # fmt: skip
         self._traffic(1 - node, node, pages.size)
         self.meter.charge(cost_ps * pages.size)
         self._events.add(self.now, "promote" if node == FAST else "demote", self._gva(pages), 1 - node, node)

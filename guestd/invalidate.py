@@ -15,6 +15,7 @@ from proto.arrays import Words
 from proto.counters import C, Counters
 from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE, YOUNG
 from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP
+from proto.units import PAGE_SIZE
 
 
 @inline
@@ -28,6 +29,8 @@ def request_flush(vcpus: Vcpus, state: Words, now: int, counters: Counters) -> N
         if outside:
             if field[FLUSH_AT_ENTRY] == 1:
                 continue
+            if field[IDLE] == 0:
+                field[EXIT_END] += state[S.FLUSH_PS]
         else:
             kicked = True
             counters[C.exit__kick] += 1
@@ -61,7 +64,7 @@ def _zap(ept: Words, gpfn: int) -> bool:
 
 
 @inline
-def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, operation: Any,
+def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, budget: Words, operation: Any,
                     counters: Counters) -> None:  # fmt: skip
     """Execute one `proto.layout.OPERATION` at its time; all vCPUs have run up to it."""
     now = operation.time_ps
@@ -82,7 +85,7 @@ def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, opera
     elif operation.kind == OP_STALL:
         field = vcpus.field[operation.a]
         field[EXIT_START] = now
-        field[EXIT_END] = now + operation.b
+        field[EXIT_END] = max(field[EXIT_END], now + operation.b)
         field[CLOCK] += operation.b
         field[FLUSH_AT_ENTRY] = 0
         counters[C.time__exit_ps] += operation.b
@@ -92,5 +95,8 @@ def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, opera
             counters[C.kvm__mmu_zapped] += 1
             request_flush(vcpus, state, now, counters)
         entry = ept[operation.a]
-        stamps[operation.b] = stamps[(entry & FRAME_MASK) >> FRAME_SHIFT]
-        ept[operation.a] = (entry & ~(FRAME_MASK | PROTNONE)) | (operation.b << FRAME_SHIFT)
+        source = (entry & FRAME_MASK) >> FRAME_SHIFT
+        stamps[operation.b] = stamps[source]
+        ept[operation.a] = (entry & ~(FRAME_MASK | PROTNONE)) | (operation.b << FRAME_SHIFT) | operation.flags
+        budget[0, 1 if source >= state[S.SLOW_FRAMES] else 0] -= PAGE_SIZE
+        budget[1, 1 if operation.b >= state[S.SLOW_FRAMES] else 0] -= PAGE_SIZE

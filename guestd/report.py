@@ -61,7 +61,7 @@ def build_report(guest: Guest) -> dict[str, Any]:
     modelled = meter.modelled_s()
     run_measured_ns = int(meter.book[: len(STAGES)].sum()) - populated.measured_ns
     run_modelled_ps = int(meter.modelled_ps.sum()) - populated.modelled_ps
-    hypothetical = guest.workload.heat()
+    heat = guest.workload.heat()
     report: dict[str, Any] = {
         "id": config.vm,
         "name": config.name,
@@ -92,7 +92,7 @@ def build_report(guest: Guest) -> dict[str, Any]:
         "flushes": flush_totals(vmstat, kvm),
         "migration": {
             "promoted_pages": vmstat["pgpromote_success"],
-            "demoted_pages": vmstat["pgdemote_kswapd"] + vmstat["pgdemote_direct"] + vmstat["pgexchange_success"],
+            "demoted_pages": vmstat["pgdemote_kswapd"] + vmstat["pgexchange_success"],
             "swapped_pairs": vmstat["pgexchange_success"],
             "failed_pages": vmstat["pgmigrate_fail"],
             "bytes": groups["bytes"]["migrated"],
@@ -118,8 +118,8 @@ def build_report(guest: Guest) -> dict[str, Any]:
     }  # fmt: skip
     if guest.sampling:
         report["pebs"] = {**groups["pebs"], "period": guest.sampling.load_period}
-    if hypothetical is not None and config.fast_pages:
-        report["hotness"] = score(hypothetical, pages_in_fast(guest), config.fast_pages)
+    if heat is not None and config.fast_pages:
+        report["hotness"] = score(heat, pages_in_fast(guest), config.fast_pages)
     return report
 
 

@@ -16,7 +16,6 @@ from proto.entry import FRAME_BITS
 
 _trailing_zeros = cast(Any, trailing_zeros)
 
-TLB_WRITABLE = 1
 TLB_DIRTY = 2
 TLB_FRAME_SHIFT = 8
 TLB_FRAME_MASK = (1 << FRAME_BITS) - 1

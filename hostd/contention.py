@@ -86,20 +86,25 @@ class Contention:
         return values[0], values[1], values[2], values[3]
 
     def budgets(self, vms: list[int], quantum_ps: int) -> dict[int, tuple[int, int, int, int]]:
-        """Bytes that each running VM may still ask for: its last demand, scaled to fit, and an equal share of the rest.
+        """Bytes that each running VM may still ask for: max-min fair shares of each ceiling.
 
-        What waits from quanta before comes off first.
+        Who used up its last budget is taken to want all of it; what nobody wants is shared out equally, so that a VM
+        that wakes up has room. What waits from quanta before comes off first.
         """
         ceiling = self.ceiling(quantum_ps)
-        demand = self._demand[vms]
-        total = demand.sum(axis=0)
-        result = {}
-        for row, vm in enumerate(vms):
-            budget = []
-            for i in range(4):
-                room, asked, own = int(ceiling[i]), int(total[i]), int(demand[row, i])
-                budget.append(own * room // asked if asked > room else own + (room - asked) // len(vms))
-            self._given[vm] = budget
-            free = [given - int(waiting) for given, waiting in zip(budget, self._queue[vm], strict=True)]
-            result[vm] = (free[0], free[1], free[2], free[3])
-        return result
+        hungry = self._demand[vms] >= self._given[vms]
+        want = np.where(hungry, ceiling, np.minimum(self._demand[vms], ceiling))
+        for i in range(4):
+            self._given[vms, i] = _max_min_fair(want[:, i], int(ceiling[i]))
+        free = self._given[vms] - self._queue[vms]
+        return {vm: (int(row[0]), int(row[1]), int(row[2]), int(row[3])) for vm, row in zip(vms, free, strict=True)}
+
+
+def _max_min_fair(want: Words, room: int) -> Words:
+    """Shares (int64[n]) of ``room``: everyone gets what it wants up to one level, and an equal part of what is left."""
+    order = np.sort(want)
+    left = room - (np.cumsum(order) - order)
+    levels = left // np.arange(want.size, 0, -1)
+    above = np.flatnonzero(order >= levels)
+    share = np.minimum(want, levels[above[0]]) if above.size else want.copy()
+    return np.asarray(share + (room - int(share.sum())) // want.size, np.int64)

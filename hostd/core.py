@@ -7,13 +7,14 @@ refused with a reason, and changes nothing.
 
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from guestd.meter import STAGES
 from guestd.tiering.registry import policies
 from hostd.contention import Contention
 from hostd.errors import RefusedMessage
-from hostd.vm import Vm
+from hostd.vm import Accounts, Vm
 from proto.config import GuestConfig, HostConfig
 from proto.counters import COUNTERS, flush_totals, split
 from proto.layout import VmMemory
@@ -103,7 +104,7 @@ class HostCore:
             raise RefusedMessage(f"a tick for {message.time_ps} ps; the barrier of this VM is at {self._until_ps} ps")
         if len(message.counters) != 8 * COUNTERS or len(message.bandwidth_demand) != 8 * 4:
             raise RefusedMessage(f"counters must be int64[{COUNTERS}] and bandwidth_demand int64[4]")
-        self.vms[vm].heard(np.frombuffer(message.counters, np.int64))
+        self.vms[vm].heard(message.phase, np.frombuffer(message.counters, np.int64))
         self._contention.settle(vm, np.frombuffer(message.bandwidth_demand, np.int64))
         if message.phase == "done":
             self._running.discard(vm)
@@ -113,8 +114,6 @@ class HostCore:
         return self._barrier()
 
     def _bye(self, vm: int, message: Bye) -> Out:
-        import msgspec
-
         if vm not in self._leaving and not self._stopping:
             raise RefusedMessage("bye before the run was done")
         try:
@@ -128,6 +127,7 @@ class HostCore:
 
     def _leave(self, vm: int) -> Out:
         self._running.discard(vm)
+        self._joined.discard(vm)
         self._leaving.discard(vm)
         self._ticked.discard(vm)
         if vm in self.vms:
@@ -138,8 +138,8 @@ class HostCore:
 
     def _barrier(self) -> Out:
         """When the last running VM has arrived: the next quantum for all."""
-        waiting = self._running - self._ticked if self._until_ps else self._running - self._joined
-        if self._stopping or waiting or not self._running:
+        arrived = len(self._ticked) if self._until_ps else len(self._joined)
+        if self._stopping or not self._running or arrived < len(self._running):
             return []
         quantum = self._config.engine.quantum_ps
         if self._until_ps:
@@ -175,13 +175,15 @@ class HostCore:
         state = self.vms[vm]
         if not state.flat:
             return report
-        mine = split(state.counters)
-        for name, value in mine["vmstat"].items():
-            report["vmstat"][name] += value
+        before = state.populated or Accounts(state.counters, state.meter.book, state.meter.modelled_ps)
+        mine = split(state.counters - before.counters)
+        for part, counters in ((report, mine), (report["populate"], split(before.counters))):
+            for name, value in counters["vmstat"].items():
+                part["vmstat"][name] += value
         report["flushes"] = flush_totals(report["vmstat"], report["kvm"])
         report["migration"] |= {
             "promoted_pages": report["vmstat"]["pgpromote_success"],
-            "demoted_pages": report["vmstat"]["pgdemote_kswapd"] + report["vmstat"]["pgdemote_direct"],
+            "demoted_pages": report["vmstat"]["pgdemote_kswapd"],
             "failed_pages": report["vmstat"]["pgmigrate_fail"],
             "bytes": report["migration"]["bytes"] + mine["bytes"]["migrated"],
         }
@@ -195,9 +197,12 @@ class HostCore:
             "total": state.cpu_ns / 1e9,
         }
         cpu["modelled_s"] = {**modelled, "total": sum(modelled.values())}
-        seconds = report["virtual_s"] + report["populate_virtual_s"]
-        cpu["measured_cores"] = sum(measured.values()) / seconds
-        cpu["modelled_cores"] = cpu["modelled_s"]["total"] / seconds
+        stages = slice(len(STAGES))
+        run_ns = int((state.meter.book[stages] - before.book[stages]).sum())
+        cpu["measured_cores"] = run_ns / 1e9 / report["virtual_s"]
+        cpu["modelled_cores"] = (
+            int((state.meter.modelled_ps - before.modelled_ps).sum()) / PS_PER_S / report["virtual_s"]
+        )
         return report
 
     def host_report(self, measured_cpu: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from guestd.events import EventLog
 from guestd.meter import Meter, metered
-from guestd.mm.nodes import F_BUSY, FAST, Nodes, give_free
+from guestd.mm.nodes import F_BUSY, FAST, Nodes, give_all_free, give_free
 from guestd.tiering.view import PageView
 from proto.arrays import Ints, Words
 from proto.config import GuestConfig
@@ -53,6 +53,7 @@ class HostView(PageView):
                  schedule: Callable[[str, int], None], events: EventLog) -> None:  # fmt: skip
         super().__init__(nodes, memory.ept, meter, config.costs, counters, config.vcpus, config.total_pages, schedule)
         self._stamps = memory.stamps
+        self.hint_fault_ps = config.costs.host_hint_fault_ps
         self._operations: list[np.ndarray[tuple[int], np.dtype[np.void]]] = []
         self._moving: list[tuple[Words, Ints, Ints]] = []
         """Moves to come: (times, frames they leave, frames they go to), each in order of time."""
@@ -88,8 +89,7 @@ class HostView(PageView):
         left = []
         for times, frames, targets in self._moving:
             done = int(np.searchsorted(times, now_ps))
-            for frame in frames[:done]:
-                give_free(self.nodes, int(frame))
+            give_all_free(self.nodes, frames[:done])
             self.nodes.flags[targets[:done]] &= np.uint8(0xFF ^ F_BUSY)
             if done < times.size:
                 left.append((times[done:], frames[done:], targets[done:]))
@@ -123,14 +123,14 @@ class HostView(PageView):
             self.meter.charge(self.costs.protect_pte_ps * length + self._request_ps())
         return slow
 
-    def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int) -> None:
+    def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int, protect: bool) -> None:
         if self.in_fault:
             _move_now(self.meter.book, self._table, self._stamps, self.nodes, pages, frames, targets)
             self.meter.charge(cost_ps * pages.size)
         else:
             each = cost_ps + self._request_ps()
             times = self.now + each * np.arange(pages.size, dtype=np.int64)
-            self._emit(OP_MOVE, times, pages, targets.astype(np.int64))
+            self._emit(OP_MOVE, times, pages, targets.astype(np.int64), PROTNONE if protect else 0)
             # Until a move is executed, nobody may move its page again, known by either frame.
             self.nodes.flags[targets] |= F_BUSY
             self.nodes.flags[frames] |= F_BUSY

@@ -8,6 +8,7 @@ node, and first touch takes fast frames until the low watermark (Linux allocatio
 
 import heapq
 import time
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from hostd.errors import RefusedMessage
 from hostd.host_view import HostView
 from proto.arrays import Words
 from proto.config import GuestConfig
-from proto.counters import C, new_counters
+from proto.counters import C, Counters, new_counters
 from proto.entry import FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.layout import VmMemory, gpa_pages
 from proto.units import PS_PER_S
@@ -44,11 +45,6 @@ def _back(ept: Words, nodes: Nodes, gpfns: Words, flat: bool, costs: Words, hint
         if (entry & BACKED) == 0:
             frame = allocate(nodes, FAST) if flat else take_free(nodes, 1 if gpfn >= half else 0, 0)
             if frame == NO_PAGE and flat:
-                # What backs a VM may use the reserve: the watermarks are there for the host's own work.
-                frame = take_free(nodes, FAST, 0)
-                if frame == NO_PAGE:
-                    frame = take_free(nodes, SLOW, 0)
-            if frame == NO_PAGE:
                 # What is left is the reserve below the watermarks: moves under way hold their frames twice.
                 frame = take_free(nodes, FAST, 0) if nodes.free_count[FAST] > 0 else take_free(nodes, SLOW, 0)
             if flat:
@@ -66,8 +62,16 @@ def _back(ept: Words, nodes: Nodes, gpfns: Words, flat: bool, costs: Words, hint
     return hinted
 
 
+class Accounts(NamedTuple):
+    """A VM's accounts in the host at one time."""
+
+    counters: Counters
+    book: Words
+    modelled_ps: Words
+
+
 class Vm:
-    """See the module."""
+    """See the module. ``populated``: the accounts when the guest had populated its memory."""
 
     def __init__(self, config: GuestConfig, policy: Policy, memory: VmMemory) -> None:
         self.config = config
@@ -78,6 +82,7 @@ class Vm:
         self.meter.context = HOST_THREAD
         self.counters = new_counters()
         self.guest_counters = new_counters()
+        self.populated: Accounts | None = None
         self.cpu_ns = 0
         """CPU that this host spent on the VM: faults and host-side tiering."""
         self._timers: list[tuple[int, int, str]] = []
@@ -132,7 +137,7 @@ class Vm:
             self.view.in_fault = True
             extra = self.tiering.on_hint_faults(gpfns[hints[:hinted]])
             self.view.in_fault = False
-            cost[hints[:hinted]] += extra - costs.hint_fault_ps + costs.host_hint_fault_ps
+            cost[hints[:hinted]] += extra
         self.cpu_ns += time.thread_time_ns() - began
         return cost
 
@@ -168,8 +173,13 @@ class Vm:
         self.cpu_ns += time.thread_time_ns() - began
         return operations
 
-    def heard(self, counters: Words) -> None:
-        """The guest's counters at the barrier: how many vCPUs a request kicked decides how long the next ones take."""
+    def heard(self, phase: str, counters: Words) -> None:
+        """The guest's word at the barrier: its phase, and its counters.
+
+        How many vCPUs a request kicked decides how long the next ones take.
+        """
+        if self.populated is None and phase != "populate":
+            self.populated = Accounts(self.counters.copy(), self.meter.book.copy(), self.meter.modelled_ps.copy())
         delta = counters - self.guest_counters
         requests = int(delta[C.kvm__remote_tlb_flush_requests])
         if requests > 0:

@@ -38,7 +38,6 @@ class C(IntEnum):
     vmstat__pgpromote_candidate_demoted = auto()
     vmstat__pgpromote_success = auto()
     vmstat__pgdemote_kswapd = auto()
-    vmstat__pgdemote_direct = auto()
     vmstat__pgmigrate_success = auto()
     vmstat__pgmigrate_fail = auto()
     vmstat__pgmigrate_fail_dst_node_full = auto()
@@ -47,7 +46,6 @@ class C(IntEnum):
     vmstat__pgdeactivate = auto()
     vmstat__pgscan_kswapd = auto()
     vmstat__pgsteal_kswapd = auto()
-    vmstat__allocstall = auto()
     vmstat__context_switches = auto()
 
     kvm__tlb_flush = auto()
@@ -85,10 +83,6 @@ class C(IntEnum):
     integrity__accesses_checked = auto()
     integrity__mismatches = auto()
 
-    bytes__read_fast = auto()
-    bytes__read_slow = auto()
-    bytes__write_fast = auto()
-    bytes__write_slow = auto()
     bytes__migrated = auto()
 
 

@@ -18,13 +18,13 @@ OP_FLUSH = 1
 OP_ZAP = 2
 """Zap the leaf entries of gPA frames [a, a + b), then request one flush if any was present."""
 OP_MOVE = 3
-"""Zap gPA frame a, flush, copy its content to frame slot b, map it there."""
+"""Zap gPA frame a, flush, copy its content to frame slot b, to be mapped there at its next fault."""
 
 OP_STALL = 4
 """vCPU a is outside guest mode for b ps: its thread works for the host (task_work before it enters again)."""
 
 OPERATION = np.dtype([("time_ps", "<i8"), ("kind", "<i4"), ("flags", "<i4"), ("a", "<i8"), ("b", "<i8")])
-"""A host operation on a VM at a virtual time. ``flags``: PROTNONE or 0 for OP_ZAP (set on slow leaves)."""
+"""A host operation on a VM at a virtual time. ``flags``: PROTNONE or 0, for OP_ZAP (set on slow leaves) and OP_MOVE."""
 
 EVENT = np.dtype(
     [("time_ps", "<i8"), ("vm", "<i4"), ("kind", "<i4"), ("gva", "<i8"), ("source", "<i4"), ("target", "<i4")]

@@ -25,11 +25,15 @@ BATCH = 1024
 
 
 class Kswapd:
-    """The daemon's state; ``mark`` is the watermark index to balance the fast node to."""
+    """The daemon's state; ``mark`` is the watermark index to balance the fast node to.
 
-    def __init__(self, view: PageView, mark: int) -> None:
+    ``protect``: a demoted page is put under PROT_NONE at once, so that it can come back (TPP patches, mm/migrate.c).
+    """
+
+    def __init__(self, view: PageView, mark: int, *, protect: bool) -> None:
         self._view = view
         self._mark = mark
+        self._protect = protect
         self._priority = DEF_PRIORITY
         self._failures = 0
         self._retry_at = 0
@@ -103,15 +107,16 @@ class Kswapd:
             view.counters[C.vmstat__pgscan_kswapd] += frames.size
             young = view.test_and_clear_young(view.pages_of(frames))
             second = young & ((view.nodes.flags[frames] & F_REFERENCED) != 0)
-            view.put_back(frames[young], second[young], young[young] & ~second[young])
+            view.put_back(frames[young], second[young], ~second[young])
             view.counters[C.vmstat__pgactivate] += int(second.sum())
         cold = frames[~young]
         with view.meter.stage(MIGRATE):
-            moved = view.move(view.pages_of(cold), SLOW, view.watermark(SLOW, WMARK_MIN))
+            moved = view.move(view.pages_of(cold), SLOW, view.watermark(SLOW, WMARK_MIN), protect=self._protect)
             stay = cold[~moved]
             nothing = np.zeros(stay.size, np.bool_)
             view.put_back(stay, nothing, nothing)
         count = int(moved.sum())
+        view.counters[C.vmstat__pgmigrate_fail] += cold.size - count
         view.counters[C.vmstat__pgdemote_kswapd] += count
         view.counters[C.vmstat__pgsteal_kswapd] += count
         return int(frames.size), count

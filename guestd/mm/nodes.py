@@ -112,6 +112,13 @@ def give_free(nodes: Nodes, frame: int) -> None:
     nodes.free_count[node] += 1
 
 
+@kernel
+def give_all_free(nodes: Nodes, frames: Ints) -> None:
+    """Put frames (int32[n]) back on their nodes' free lists."""
+    for frame in frames:
+        give_free(nodes, frame)
+
+
 @inline
 def allocate(nodes: Nodes, preferred: int) -> int:
     """A frame in allocation order: above the low watermark on the preferred node, then the other; then above min."""

@@ -71,6 +71,8 @@ class HyperPlace(Tiering):
         self._eligible = unit
         self._wanted: Words = np.zeros(0, np.int64)
         self._victims: Words = np.zeros(0, np.int64)
+        self._relocating = False
+        """A batch is scheduled already."""
 
     def start(self) -> None:
         self.view.schedule("epoch", self.view.now + int(self.params["epoch_ms"]) * PS_PER_MS)
@@ -83,11 +85,14 @@ class HyperPlace(Tiering):
     def on_timer(self, name: str) -> None:
         if name == "epoch":
             self._epoch()
-        if self._wanted.size:
+        else:
+            self._relocating = False
+        if self._wanted.size and not self._relocating:
             self._relocate()
 
     def _epoch(self) -> None:
         view, params = self.view, self.params
+        view.schedule("epoch", view.now + int(params["epoch_ms"]) * PS_PER_MS)
         with view.meter.stage(CLASSIFY):
             splits = self.tree.advance(
                 self._margin,
@@ -103,7 +108,6 @@ class HyperPlace(Tiering):
             )
             if ready and self.tree.leaves[COUNT].any():
                 self._choose()
-        view.schedule("epoch", view.now + int(params["epoch_ms"]) * PS_PER_MS)
 
     def _choose(self) -> None:
         """The largest prefix of hot ranges that fits fast memory; its slow pages, and as many cold fast ones."""
@@ -149,6 +153,7 @@ class HyperPlace(Tiering):
         view.counters[C.vmstat__pgpromote_success] += count
         self._wanted, self._victims = self._wanted[batch:], self._victims[batch:]
         if self._wanted.size:
+            self._relocating = True
             view.schedule("relocate", view.now + (view.now - before))
 
 

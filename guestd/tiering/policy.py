@@ -53,7 +53,7 @@ class Tiering:
     def on_hint_faults(self, pages: Words) -> Words:
         """NUMA hint faults on ``pages`` (int64[n]), each taken once; returns what each cost its vCPU, ps (int64[n])."""
         self.view.unprotect(pages)
-        return np.full(pages.size, self.view.costs.hint_fault_ps, np.int64)
+        return np.full(pages.size, self.view.hint_fault_ps, np.int64)
 
     def on_samples(self, samples: Words) -> None:
         """PEBS records drained from one vCPU: int64[n, 5] rows (gVA, slow, latency ns, event, time ps)."""

@@ -16,20 +16,26 @@ from guestd.tiering.policy import Params, Policy, Tiering
 from guestd.tiering.view import PageView
 from proto.arrays import Ints, Mask, Words
 from proto.counters import C
-from proto.units import PAGE_SHIFT, PS_PER_MS
+from proto.units import PAGE_SHIFT, PS_PER_MS, PS_PER_S
 
 _MB = 1 << 20
 
 PARAMS = (
     Param("scan_size_mb", 256, "MB", "virtual memory put under PROT_NONE per pass", "kernel/sched/fair.c, scan_size",
           (), 1, 65536),
-    Param("scan_period_min_ms", 1000, "ms", "shortest time between passes", "kernel/sched/fair.c", (), 1, 600_000),
-    Param("scan_period_max_ms", 60000, "ms", "longest time between passes", "kernel/sched/fair.c", (), 1, 600_000),
+    Param("scan_period_min_ms", 1000, "ms", "shortest time to scan all memory", "kernel/sched/fair.c", (), 1, 600_000),
+    Param("scan_period_max_ms", 60000, "ms", "longest time to scan all memory", "kernel/sched/fair.c", (), 1, 600_000),
     Param("scan_delay_ms", 1000, "ms", "time before the first pass", "kernel/sched/fair.c, scan_delay", (), 0, 600_000),
-    Param("adapt_scan_period", True, "", "lengthen the period while most faults are local", "kernel/sched/fair.c"),
+    Param("adapt_scan_period", True, "", "adapt the period to the faults of a round", "kernel/sched/fair.c"),
+    Param("private_share", -1.0, "share of faults", "faults on pages that the same task touched last; -1 = 1 / vCPUs",
+          "unpublished: threads share all pages alike", (), -1.0, 1.0),
     Param("active_filter", True, "", "promote only pages on an active list", "TPP 5.3; mm/memory.c of the patches"),
 )  # fmt: skip
 
+MAX_SCAN_WINDOW_MB = 2560
+"""Bound of the scan rate, MB per second (kernel/sched/fair.c, MAX_SCAN_WINDOW)."""
+PERIOD_SLOTS, PERIOD_THRESHOLD = 10, 7
+"""NUMA_PERIOD_SLOTS and NUMA_PERIOD_THRESHOLD: slow down from 7 tenths of private or local faults on."""
 THROTTLE = 32
 """A pass is followed by at least 32 times its own run time (task_tick_numa: node_stamp += 32 * diff)."""
 SKIP = 8
@@ -43,14 +49,14 @@ class Tpp(Tiering):
 
     def __init__(self, view: PageView, params: Params) -> None:
         super().__init__(view, params)
-        self._kswapd = Kswapd(view, WMARK_DEMOTE)
+        self._kswapd = Kswapd(view, WMARK_DEMOTE, protect=True)
         self._cursor = 0
         self._scan_pages = int(params["scan_size_mb"]) * _MB >> PAGE_SHIFT
         self._period_min = int(params["scan_period_min_ms"]) * PS_PER_MS
         self._period_max = int(params["scan_period_max_ms"]) * PS_PER_MS
-        self._period = self._period_min
+        self._period = 0
         self._faults_since_round = 0
-        self._promoted_since_round = 0
+        self._failed_since_round = 0
 
     def start(self) -> None:
         self.view.schedule("scan", self.view.now + int(self.params["scan_delay_ms"]) * PS_PER_MS)
@@ -63,6 +69,8 @@ class Tpp(Tiering):
         with view.meter.stage(TRACK):
             self._pass()
         view.meter.context = context
+        shortest, longest = self._bounds()
+        self._period = min(longest, max(shortest, self._period))
         view.schedule("scan", began + max(self._period, THROTTLE * (view.now - began)))
 
     def _pass(self) -> None:
@@ -79,25 +87,37 @@ class Tpp(Tiering):
                 self._round_over()
                 return
 
+    def _bounds(self) -> tuple[int, int]:
+        """Shortest and longest time between passes for the resident memory (task_scan_min, task_scan_max)."""
+        resident = int((self.view.nodes.managed - self.view.nodes.free_count).sum())
+        windows = max(1, -(-resident // self._scan_pages))
+        fastest = PS_PER_S // max(1, MAX_SCAN_WINDOW_MB // int(self.params["scan_size_mb"]))
+        shortest = max(fastest, self._period_min // windows)
+        return shortest, max(shortest, self._period_max // windows)
+
     def _round_over(self) -> None:
-        """The whole space was scanned: adapt the period as update_task_scan_period does on locality."""
+        """The whole space was scanned: adapt the period (update_task_scan_period).
+
+        Faults are on slow pages, none of them local to a CPU. Any failed migration, and a round without a fault, double
+        the period.
+        """
         if self.params["adapt_scan_period"]:
-            slot = self._period // 10
-            if self._faults_since_round == 0:
-                self._period = min(self._period_max, 2 * self._period)
+            if self._faults_since_round == 0 or self._failed_since_round:
+                self._period *= 2
             else:
-                local = 10 * self._promoted_since_round // self._faults_since_round
-                step = max(1, local - 7) * slot if local >= 7 else -(7 - local) * slot
-                self._period = min(self._period_max, max(self._period_min, self._period + step))
-        self._faults_since_round = self._promoted_since_round = 0
+                share = float(self.params["private_share"])
+                private = PERIOD_SLOTS // self.view.vcpus if share < 0 else int(PERIOD_SLOTS * share)
+                over = private - PERIOD_THRESHOLD
+                self._period += (max(1, over) if over >= 0 else over) * -(-self._period // PERIOD_SLOTS)
+        self._faults_since_round = self._failed_since_round = 0
 
     def on_hint_faults(self, pages: Words) -> Words:
         view = self.view
-        cost = np.full(pages.size, view.costs.hint_fault_ps, np.int64)
+        cost = np.full(pages.size, view.hint_fault_ps, np.int64)
         self._faults_since_round += pages.size
         with view.meter.stage(TRACK):
             view.counters[C.vmstat__numa_hint_faults] += pages.size
-            view.meter.charge(view.costs.hint_fault_ps * pages.size)
+            view.meter.charge(view.hint_fault_ps * pages.size)
             frames = view.frames(pages)
             wanted = view.mark_inactive_accessed(frames) if self.params["active_filter"] else frames != NO_PAGE
         if wanted.any():
@@ -120,7 +140,7 @@ class Tpp(Tiering):
         view.counters[C.vmstat__pgmigrate_fail_dst_node_full] += candidates.size - moved.size
         if moved.size:
             cost[moved] += (view.now - before) // moved.size
-        self._promoted_since_round += moved.size
+        self._failed_since_round += candidates.size - moved.size
 
     def on_pressure(self, budget_ps: int) -> None:
         self._kswapd.run(budget_ps)
@@ -131,7 +151,7 @@ _STAGES = {
     "classifier": "active/inactive LRU",
     "migrator": "in the fault; kswapd demotes",
 }
-_WARM_UP: Params = {"scan_delay_ms": 0, "scan_period_min_ms": 1, "scan_size_mb": 4, "active_filter": False}
+_WARM_UP: Params = {"scan_delay_ms": 0, "scan_period_min_ms": 1, "scan_size_mb": 4, "adapt_scan_period": False}
 G_TPP = Policy(
     name="g-tpp",
     summary="TPP in the guest's kernel",

@@ -153,6 +153,8 @@ class PageView(ABC):
         self.schedule = schedule
         """``schedule(name, at_ps)``: ask for `Tiering.on_timer(name)` at a virtual time."""
         self._half = nodes.page.size // 2
+        self.hint_fault_ps = costs.hint_fault_ps
+        """What a NUMA hint fault costs in this view, without migration."""
 
     @property
     def now(self) -> int:
@@ -260,8 +262,10 @@ class PageView(ABC):
         """Take PROT_NONE off pages (a fault resolves it; no flush is needed)."""
         _unprotect(self.meter.book, self._table, pages, PRESENT)
 
-    def move(self, pages: Words, node: int, keep: int, *, sync: bool = False) -> Mask:
+    def move(self, pages: Words, node: int, keep: int, *, sync: bool = False, protect: bool = False) -> Mask:
         """Migrate pages to ``node``, leaving ``keep`` frames free there; ``sync``: in the fault path.
+
+        ``protect``: their new entries are PROT_NONE, so that the next access is a hint fault.
 
         Returns bool[n], false where there was no frame or the page was already there. Content moves along.
         """
@@ -273,13 +277,12 @@ class PageView(ABC):
         _pick_targets(self.meter.book, self.nodes, frames, node, keep, targets)
         moved = targets != NO_PAGE
         count = int(moved.sum())
-        self.counters[C.vmstat__pgmigrate_fail] += pages.size - count
         if count == 0:
             return moved
         pages, frames, targets = pages[moved], frames[moved], targets[moved]
         _relink(self.meter.book, self.nodes, frames, targets, node)
         each = self.costs.migrate_page_ps + copy_ps(self.costs, node == FAST, node == SLOW)
-        self._migrate(pages, frames, targets, node, each + (self.costs.migrate_sync_ps if sync else 0))
+        self._migrate(pages, frames, targets, node, each + (self.costs.migrate_sync_ps if sync else 0), protect)
         self.counters[C.vmstat__pgmigrate_success] += count
         self.counters[C.bytes__migrated] += count << 12
         return moved
@@ -312,7 +315,7 @@ class PageView(ABC):
         """After clearing accessed bits, ``young`` of which were set."""
 
     @abstractmethod
-    def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int) -> None:
+    def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int, protect: bool) -> None:
         """Unmap, flush, copy, remap; free the old frames. ``cost_ps``: work per page without flushes."""
 
     @abstractmethod

@@ -388,7 +388,7 @@ class Reference:
                 self._request(time)
         elif kind == OP_STALL:
             cpu = self.vcpus[a]
-            cpu.exit = (time, time + b)
+            cpu.exit = (time, max(cpu.exit[1], time + b))
             cpu.clock += b
             cpu.flush_at_entry = False
             self.counters["time__exit_ps"] += b
@@ -398,8 +398,11 @@ class Reference:
             if self._zap(a):
                 self.counters["kvm__mmu_zapped"] += 1
                 self._request(time)
-            self.stamps[b] = self.stamps[_frame(self.ept[a])]
-            self.ept[a] = (self.ept[a] & ~FRAME_MASK & ~PROTNONE) | b << FRAME_SHIFT
+            source = _frame(self.ept[a])
+            self.stamps[b] = self.stamps[source]
+            self.ept[a] = (self.ept[a] & ~FRAME_MASK & ~PROTNONE) | b << FRAME_SHIFT | flags
+            self.budget[0][source >= self.slow_frames] -= 4096
+            self.budget[1][b >= self.slow_frames] -= 4096
 
     def _zap(self, gpfn: int) -> bool:
         entry = self.ept[gpfn]
@@ -422,6 +425,8 @@ class Reference:
                 self.counters["time__stolen_ps"] += self.vmexit_ps
                 cpu.exit = (now, now + self.vmexit_ps + self.flush_ps)
                 cpu.clock += self.vmexit_ps
+            elif not cpu.idle:
+                cpu.exit = (cpu.exit[0], cpu.exit[1] + self.flush_ps)
             cpu.flush_at_entry = True
             self.invept(cpu)
             cpu.clock += self.flush_ps

@@ -3,12 +3,22 @@
 import numpy as np
 import pytest
 
-from guestd.fault import Batch, charge, clear_fresh, verify
+from guestd.fault import HINT_BATCH, Batch, charge, clear_fresh, verify
 from guestd.guest import Guest
+from guestd.vcpu import drop_guest_everywhere
 from proto.costs import Costs
 from proto.counters import C
-from proto.entry import DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, STAMP_TABLE_BASE, WRITABLE, owner_stamp
-from tests.guestd.machines import guest_config, run_guest
+from proto.entry import (
+    DIRTY,
+    ENTRY_VERSION_SHIFT,
+    FRAME_MASK,
+    FRAME_SHIFT,
+    PRESENT,
+    STAMP_TABLE_BASE,
+    WRITABLE,
+    owner_stamp,
+)
+from tests.guestd.machines import guest_config, run_guest, start_fleet
 
 
 def test_every_first_touch_is_charged_once_where_it_happens(costs: Costs) -> None:
@@ -45,14 +55,13 @@ def test_charge_adds_up_costs_that_meet_in_one_place() -> None:
 
 
 def test_clear_fresh_writes_each_frame_s_own_stamp_and_counts_what_is_not_mapped() -> None:
-    gpt, ept, stamps = np.zeros(8, np.int64), np.zeros(8, np.int64), np.zeros(8, np.int64)
-    gpt[2] = 5 << 44
+    ept, stamps = np.zeros(8, np.int64), np.zeros(8, np.int64)
     ept[1] = 6 << FRAME_SHIFT | PRESENT | WRITABLE
     ept[3] = 7 << FRAME_SHIFT | PRESENT | WRITABLE
     owner = owner_stamp(1)
     fresh, gpfns = np.array([2, STAMP_TABLE_BASE + 4, 5]), np.array([1, 3, 4])
-    assert clear_fresh(gpt, ept, stamps, owner, fresh, gpfns) == 1
-    assert stamps.tolist() == [0] * 6 + [owner | 2 << 18 | 5, owner | (STAMP_TABLE_BASE + 4) << 18]
+    assert clear_fresh(ept, stamps, owner, fresh, gpfns) == 1
+    assert stamps.tolist() == [0] * 6 + [owner | 2 << 18, owner | (STAMP_TABLE_BASE + 4) << 18]
     assert ept[[1, 3, 4]].tolist() == [6 << 12 | PRESENT | WRITABLE | DIRTY, 7 << 12 | PRESENT | WRITABLE | DIRTY, 0]
 
 
@@ -66,7 +75,7 @@ def test_verify_sees_any_harm_to_a_page(harm: str, finished: Guest) -> None:
     machine = finished.machine
     owner = owner_stamp(finished.config.vm)
     gpt, ept, stamps = machine.gpt.copy(), machine.ept.copy(), machine.stamps.copy()
-    assert verify(gpt, ept, stamps, owner, machine.table_gpfn) == (4096 * 7 // 8, 0)
+    assert verify(gpt, ept, stamps, owner, machine.table_gpfn, machine.table_gpfn.size) == (4096 * 7 // 8, 0)
     first, second = np.flatnonzero(gpt)[[10, 2000]]
     slots = [
         (int(ept[(gpt[page] & FRAME_MASK) >> FRAME_SHIFT]) & FRAME_MASK) >> FRAME_SHIFT for page in (first, second)
@@ -80,9 +89,23 @@ def test_verify_sees_any_harm_to_a_page(harm: str, finished: Guest) -> None:
     else:
         table = int(machine.table_gpfn[0])
         stamps[(int(ept[table]) & FRAME_MASK) >> FRAME_SHIFT] = 0
-    assert verify(gpt, ept, stamps, owner, machine.table_gpfn)[1] == (2 if harm == "swapped contents" else 1)
+    assert verify(gpt, ept, stamps, owner, machine.table_gpfn, machine.table_gpfn.size)[1] == (
+        2 if harm == "swapped contents" else 1
+    )
 
 
 def test_a_batch_has_room_for_every_access_of_a_block() -> None:
     batch = Batch(100)
-    assert batch.hint_page.size == 100 and batch.fresh.size == 200 and batch.gpfn.size == 300
+    assert batch.hint_page.size == HINT_BATCH and batch.fresh.size == 200 and batch.gpfn.size == 300
+
+
+def test_a_mapping_that_is_lost_and_faulted_in_again_is_seen(costs: Costs) -> None:
+    """Demand-zero brings back a page without its content, which the entry's version remembers."""
+    fleet = start_fleet(guest_config(costs))
+    guest = fleet.guests[0]
+    while guest.phase == "populate" or guest.machine.counters[C.access__total] < 50_000:
+        assert fleet.step()
+    lost = np.flatnonzero(guest.machine.gpt >> ENTRY_VERSION_SHIFT > 1)[:50]
+    guest.machine.gpt[lost] &= ~PRESENT
+    drop_guest_everywhere(guest.machine.vcpus)
+    assert fleet.run().reports[0]["integrity"]["mismatches"] > 0

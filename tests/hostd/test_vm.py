@@ -184,7 +184,7 @@ def test_the_more_vcpus_requests_kick_the_longer_the_host_thread_waits(costs: Co
         heard = new_counters()
         heard[C.kvm__remote_tlb_flush_requests] = 10
         heard[C.exit__kick] = kicks
-        vm.heard(heard)
+        vm.heard("run", heard)
         found = operations(vm.prepare(0, 50 * PS_PER_MS))
         return int(found[found["kind"] == OP_MOVE]["time_ps"].max())
 

@@ -51,7 +51,7 @@ def assert_conserved(guest: Guest) -> None:
 @pytest.mark.parametrize("mark", [WMARK_HIGH, WMARK_DEMOTE])
 def test_cold_pages_are_demoted_up_to_the_watermark_and_no_further(guest: Guest, mark: int) -> None:
     set_young(guest, False)
-    kswapd = Kswapd(guest.view, mark)
+    kswapd = Kswapd(guest.view, mark, protect=False)
     goal = guest.view.watermark(FAST, mark)
     missing = goal - guest.view.free(FAST)
     assert kswapd.wanted
@@ -71,13 +71,13 @@ def test_demotion_takes_the_tail_of_the_inactive_list(guest: Guest) -> None:
     head = nodes.page.size + 2 * FAST + INACTIVE
     tail = int(nodes.page[nodes.previous[head]])
     newest = int(nodes.page[nodes.next[head]])
-    Kswapd(guest.view, WMARK_HIGH).run(10 * PS_PER_MS)
+    Kswapd(guest.view, WMARK_HIGH, protect=False).run(10 * PS_PER_MS)
     nodes_now = guest.view.frames(np.array([tail, newest], np.int64)) >= nodes.page.size // 2
     assert nodes_now.tolist() == [True, False]
 
 
 def test_a_referenced_page_stays_once_and_is_active_the_second_time(guest: Guest) -> None:
-    kswapd = Kswapd(guest.view, WMARK_DEMOTE)
+    kswapd = Kswapd(guest.view, WMARK_DEMOTE, protect=False)
     inactive = int(guest.nodes.size[2 * FAST + INACTIVE])
     assert inactive < BATCH and guest.nodes.size[2 * FAST + ACTIVE] == 0
     passes = 0
@@ -97,7 +97,7 @@ def test_after_16_rounds_without_success_it_backs_off_for_ten_seconds(guest: Gue
     """No frame is left on the slow node, so nothing can be demoted."""
     guest.nodes.free_count[SLOW] = 0
     set_young(guest, False)
-    kswapd = Kswapd(guest.view, WMARK_DEMOTE)
+    kswapd = Kswapd(guest.view, WMARK_DEMOTE, protect=False)
     while kswapd.wanted:
         before = guest.view.now
         kswapd.run(PS_PER_MS)
@@ -112,7 +112,7 @@ def test_after_16_rounds_without_success_it_backs_off_for_ten_seconds(guest: Gue
 def test_a_budget_bounds_the_work(guest: Guest) -> None:
     set_young(guest, False)
     before, free = guest.view.now, guest.view.free(FAST)
-    Kswapd(guest.view, WMARK_DEMOTE).run(1)
+    Kswapd(guest.view, WMARK_DEMOTE, protect=False).run(1)
     assert guest.view.now > before
     assert free < guest.view.free(FAST), "it does one batch at least"
     assert_conserved(guest)

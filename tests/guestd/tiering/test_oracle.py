@@ -25,6 +25,6 @@ def test_it_costs_nothing(costs: Costs) -> None:
 
 
 def test_no_design_does_better(costs: Costs) -> None:
-    best = run_fleet(small_guest(costs, "oracle"))[0]["access"]["fast_ratio"]
+    best = run_fleet(small_guest(costs, "oracle"))[0]["hotness"]["oracle_fast_ratio"]
     for policy in ("none", "g-tpp", "h-tpp", "hyperplace"):
         assert run_fleet(small_guest(costs, policy))[0]["access"]["fast_ratio"] < best
