@@ -20,7 +20,7 @@ from proto.units import PS_PER_MS
 from tests.guestd.machines import guest_config, run_guest, running_guest
 
 POLICIES: dict[str, dict[str, Scalar]] = {
-    "g-tpp": {"scan_delay_ms": 0, "scan_period_min_ms": 20, "scan_period_max_ms": 20},
+    "g-tpp": {"scan_delay_ms": 0, "scan_period_min_ms": 20, "scan_period_max_ms": 20, "scan_size_mb": 16},
     "hyperplace": {"load_period": 29, "epoch_ms": 4, "tau_split": 1, "initial": "ram"},
 }
 

@@ -77,7 +77,7 @@ def test_a_demand_that_fits_can_be_repeated_and_the_rest_is_shared_equally(
     assert min(extra.pop()) >= 0
 
 
-def test_demands_that_do_not_fit_are_scaled_alike(costs: Costs) -> None:
+def test_who_want_more_than_there_is_get_equal_shares(costs: Costs) -> None:
     contention = Contention(costs, 2)
     room = [int(room) for room in contention.ceiling(QUANTUM)]
     for vm, factor in enumerate((3, 1)):
@@ -85,8 +85,24 @@ def test_demands_that_do_not_fit_are_scaled_alike(costs: Costs) -> None:
     budgets = contention.budgets([0, 1], QUANTUM)
     waiting = [[3 * most for most in room], room]  # nothing was given before, so all of it waits
     for i, most in enumerate(room):
-        assert budgets[0][i] + waiting[0][i] == 3 * most // 4
-        assert budgets[1][i] + waiting[1][i] == most // 4
+        assert budgets[0][i] + waiting[0][i] == budgets[1][i] + waiting[1][i] == most // 2
+
+
+@pytest.mark.parametrize("others", [1, 99])
+def test_who_starts_late_has_a_fair_share_at_once(others: int, costs: Costs) -> None:
+    """Those who were first take all they get; the newcomer takes what it wants from its second quantum on."""
+    contention = Contention(costs, others + 1)
+    room = contention.ceiling(QUANTUM)
+    first = list(range(others))
+    for _ in range(20):
+        budgets = contention.budgets(first, QUANTUM)
+        for vm in first:
+            contention.settle(vm, np.array(budgets[vm]))
+    for _ in range(2):
+        budgets = contention.budgets([*first, others], QUANTUM)
+        for vm, budget in budgets.items():
+            contention.settle(vm, np.array(budget))
+    assert all(share >= int(most) // (others + 1) for share, most in zip(budgets[others], room, strict=True))
 
 
 @given(asked=st.lists(st.integers(0, 1 << 33), min_size=1, max_size=6))

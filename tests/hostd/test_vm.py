@@ -9,7 +9,7 @@ from fleet.in_process import private_memory
 from guestd.mm.kswapd import SWAP_CLUSTER_MAX
 from guestd.mm.nodes import FAST, SLOW, WMARK_DEMOTE, WMARK_LOW, WMARK_MIN
 from guestd.tiering.registry import policies
-from guestd.tiering.tpp import THROTTLE
+from guestd.tiering.tpp import MAX_SCAN_WINDOW_MB, THROTTLE
 from hostd.errors import RefusedMessage
 from hostd.vm import Vm
 from proto.arrays import Words
@@ -17,7 +17,7 @@ from proto.costs import Costs
 from proto.counters import C, new_counters
 from proto.entry import ACCESSED, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
-from proto.units import PS_PER_MS
+from proto.units import PS_PER_MS, PS_PER_S
 from tests.small_fleet import small_guest
 
 PAGES = 1024
@@ -119,9 +119,9 @@ def test_the_scanner_zaps_on_its_period_within_the_quantum(costs: Costs) -> None
     vm.ept_fault(0, np.arange(PAGES // 2))
     found = operations(vm.prepare(0, 5 * PS_PER_MS))
     zaps = found[found["kind"] == OP_ZAP]
-    # The parameters say: first at 0, then every millisecond; a pass is followed by 32 times the time that it took.
+    # First at 0, then as often as the bound of the scan rate allows; a pass is followed by 32 times its own time.
     request = costs.kick_base_ps + costs.kick_target_ps * vm.config.vcpus
-    period = max(PS_PER_MS, THROTTLE * (costs.protect_pte_ps * PAGES + request))
+    period = max(PS_PER_S // (MAX_SCAN_WINDOW_MB // 4), THROTTLE * (costs.protect_pte_ps * PAGES + request))
     assert zaps["time_ps"].tolist() == list(range(0, 5 * PS_PER_MS, period))
     assert zaps.size > 1
     assert (zaps["flags"] == PROTNONE).all()

@@ -129,16 +129,14 @@ def test_a_move_takes_content_list_and_reverse_map_along(populated: Populated) -
     check_memory(populated.fleet)
 
 
-def test_a_move_leaves_free_what_it_is_told_to_and_counts_what_failed(populated: Populated) -> None:
+def test_a_move_leaves_free_what_it_is_told_to(populated: Populated) -> None:
     view = populated.view
     fast = populated.pages(FAST, 90)
     view.move(fast, SLOW, 0)
     keep = view.free(FAST) - 30
-    failed = view.counters[C.vmstat__pgmigrate_fail]
     moved = view.move(populated.pages(SLOW, 50), FAST, keep)
     assert moved.tolist() == [True] * 30 + [False] * 20
     assert view.free(FAST) == keep
-    assert view.counters[C.vmstat__pgmigrate_fail] == failed + 20
     assert not view.move(populated.pages(FAST, 3), FAST, 0).any(), "already there"
     assert view.move(np.zeros(0, np.int64), FAST, 0).size == 0
 
