@@ -27,6 +27,8 @@ PARAMS = (
     Param("scan_period_max_ms", 60000, "ms", "longest time to scan all memory", "kernel/sched/fair.c", (), 1, 600_000),
     Param("scan_delay_ms", 1000, "ms", "time before the first pass", "kernel/sched/fair.c, scan_delay", (), 0, 600_000),
     Param("adapt_scan_period", True, "", "adapt the period to the faults of a round", "kernel/sched/fair.c"),
+    Param("double_on_failure", False, "", "one failed migration in a round doubles the period, as Linux does; off, as "
+          "one page more or less then decides for seconds", "kernel/sched/fair.c, update_task_scan_period"),
     Param("private_share", -1.0, "share of faults", "faults on pages that the same task touched last; -1 = 1 / vCPUs",
           "unpublished: threads share all pages alike", (), -1.0, 1.0),
     Param("active_filter", True, "", "promote only pages on an active list", "TPP 5.3; mm/memory.c of the patches"),
@@ -98,11 +100,11 @@ class Tpp(Tiering):
     def _round_over(self) -> None:
         """The whole space was scanned: adapt the period (update_task_scan_period).
 
-        Faults are on slow pages, none of them local to a CPU. Any failed migration, and a round without a fault, double
-        the period.
+        Faults are on slow pages, none of them local to a CPU. A round without a fault doubles the period.
         """
         if self.params["adapt_scan_period"]:
-            if self._faults_since_round == 0 or self._failed_since_round:
+            failed = self._failed_since_round and self.params["double_on_failure"]
+            if self._faults_since_round == 0 or failed:
                 self._period *= 2
             else:
                 share = float(self.params["private_share"])

@@ -158,12 +158,15 @@ def test_above_the_watermark_kswapd_sleeps(populated: Populated) -> None:
     assert populated.view.now == now
 
 
-def test_a_round_with_failed_migrations_is_followed_by_a_longer_period(costs: Costs) -> None:
-    quiet = {"g": run_fleet(small_guest(costs, "g-tpp", params=FAST_SCAN, run_ms=120, workload={"layout": "start"}))}
-    steady = FAST_SCAN | {"adapt_scan_period": False}
-    fixed = run_fleet(small_guest(costs, "g-tpp", params=steady, run_ms=120, workload={"layout": "start"}))
-    scans = [report[0]["vmstat"]["numa_pte_updates"] for report in (quiet["g"], fixed)]
-    assert 0 < scans[0] < scans[1]
+@pytest.mark.parametrize("doubling", [False, True])
+def test_failed_migrations_lengthen_the_period_where_the_kernel_s_rule_is_on(doubling: bool, costs: Costs) -> None:
+    params = FAST_SCAN | {"double_on_failure": doubling, "active_filter": False, "private_share": 0.0}
+    steady = params | {"adapt_scan_period": False}
+    adapted, fixed = (
+        run_fleet(small_guest(costs, "g-tpp", params=chosen, run_ms=120))[0]["vmstat"] for chosen in (params, steady)
+    )
+    assert fixed["pgmigrate_fail_dst_node_full"] > 0
+    assert (adapted["numa_pte_updates"] < fixed["numa_pte_updates"]) == doubling
 
 
 def test_scanning_takes_no_more_than_its_share_of_time(costs: Costs) -> None:
