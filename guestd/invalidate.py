@@ -14,7 +14,7 @@ from guestd.vcpu import CLOCK, EXIT_END, EXIT_START, FLUSH_AT_ENTRY, IDLE, Vcpus
 from proto.arrays import Words
 from proto.counters import C, Counters
 from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE, YOUNG
-from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP
+from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP
 from proto.units import PAGE_SIZE
 
 
@@ -64,6 +64,28 @@ def _zap(ept: Words, gpfn: int) -> bool:
 
 
 @inline
+def _swap(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, budget: Words, operation: Any,
+          counters: Counters) -> None:  # fmt: skip
+    zapped = 0
+    for gpfn in (operation.a, operation.b):
+        if _zap(ept, gpfn):
+            zapped += 1
+    counters[C.kvm__mmu_zapped] += zapped
+    if zapped > 0:
+        request_flush(vcpus, state, operation.time_ps, counters)
+    first, second = ept[operation.a], ept[operation.b]
+    frame_a, frame_b = (first & FRAME_MASK) >> FRAME_SHIFT, (second & FRAME_MASK) >> FRAME_SHIFT
+    stamps[frame_a], stamps[frame_b] = stamps[frame_b], stamps[frame_a]
+    keep = ~(FRAME_MASK | PROTNONE)
+    ept[operation.a] = (first & keep) | (second & FRAME_MASK)
+    ept[operation.b] = (second & keep) | (first & FRAME_MASK)
+    for frame in (frame_a, frame_b):
+        tier = 1 if frame >= state[S.SLOW_FRAMES] else 0
+        budget[0, tier] -= PAGE_SIZE
+        budget[1, tier] -= PAGE_SIZE
+
+
+@inline
 def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, budget: Words, operation: Any,
                     counters: Counters) -> None:  # fmt: skip
     """Execute one `proto.layout.OPERATION` at its time; all vCPUs have run up to it."""
@@ -90,6 +112,8 @@ def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, budge
         field[FLUSH_AT_ENTRY] = 0
         counters[C.time__exit_ps] += operation.b
         counters[C.time__stolen_ps] += operation.b
+    elif operation.kind == OP_SWAP:
+        _swap(vcpus, ept, stamps, state, budget, operation, counters)
     elif operation.kind == OP_MOVE:
         if _zap(ept, operation.a):
             counters[C.kvm__mmu_zapped] += 1

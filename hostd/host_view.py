@@ -16,9 +16,10 @@ from guestd.mm.nodes import F_BUSY, FAST, Nodes, give_all_free, give_free
 from guestd.tiering.view import PageView
 from proto.arrays import Ints, Words
 from proto.config import GuestConfig
+from proto.costs import copy_ps
 from proto.counters import C, Counters
 from proto.entry import DIRTY, FRAME_MASK, FRAME_SHIFT, PROTNONE, WRITABLE, YOUNG
-from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP, OPERATION, VmMemory
+from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP, OPERATION, VmMemory
 from proto.units import PAGE_SHIFT
 
 PUD_PAGES = 1 << 18
@@ -139,7 +140,19 @@ class HostView(PageView):
         self._events.add(self.now, "promote" if node == FAST else "demote", pages << PAGE_SHIFT, 1 - node, node)
 
     def _swap(self, slow_pages: Words, slow_frames: Ints, fast_pages: Words, fast_frames: Ints, batched: bool) -> None:
-        raise NotImplementedError("no host-side design of this version swaps")
+        """Each pair has a flush of its own: the host has no address to batch by (``batched`` changes nothing)."""
+        costs = self.costs
+        each = (
+            2 * costs.migrate_page_ps + copy_ps(costs, True, False) + copy_ps(costs, False, True) + self._request_ps()
+        )
+        times = self.now + each * np.arange(slow_pages.size, dtype=np.int64)
+        self._emit(OP_SWAP, times, slow_pages, fast_pages)
+        both = np.stack([slow_frames, fast_frames], axis=1).reshape(-1)
+        self.nodes.flags[both] |= F_BUSY
+        self._moving.append((np.repeat(times, 2), np.zeros(0, np.int32), both))
+        self.meter.charge(each * slow_pages.size)
+        self._events.add(self.now, "promote", slow_pages << PAGE_SHIFT, 1, FAST)
+        self._events.add(self.now, "demote", fast_pages << PAGE_SHIFT, FAST, 1)
 
     def page_range(self, start: int, end: int) -> tuple[int, int]:
         first = min(start >> PAGE_SHIFT, self.pages)

@@ -22,6 +22,8 @@ OP_MOVE = 3
 
 OP_STALL = 4
 """vCPU a is outside guest mode for b ps: its thread works for the host (task_work before it enters again)."""
+OP_SWAP = 5
+"""Zap gPA frames a and b, flush once, exchange their contents' places, to be mapped there at their next faults."""
 
 OPERATION = np.dtype([("time_ps", "<i8"), ("kind", "<i4"), ("flags", "<i4"), ("a", "<i8"), ("b", "<i8")])
 """A host operation on a VM at a virtual time. ``flags``: PROTNONE or 0, for OP_ZAP (set on slow leaves) and OP_MOVE."""

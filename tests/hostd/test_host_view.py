@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 
 from fleet.in_process import private_memory
-from guestd.mm.nodes import FAST, INACTIVE, NO_PAGE, SLOW
+from guestd.mm.nodes import F_BUSY, FAST, INACTIVE, NO_PAGE, SLOW
 from guestd.tiering.registry import policies
 from hostd.host_view import PUD_PAGES, HostView
 from hostd.vm import Vm
+from proto.arrays import Words
 from proto.costs import Costs
 from proto.counters import C
 from proto.entry import ACCESSED, PROTNONE, YOUNG
 from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
 from proto.units import PAGE_SHIFT, PS_PER_S
-from tests.small_fleet import small_guest
+from tests.small_fleet import check_memory, new_fleet, small_guest, until_populated
 
 PAGES = 2048
 
@@ -137,3 +138,29 @@ def test_pages_of_isolated_frames_are_gpa_pages(vm: Vm) -> None:
     assert view.pages_of(frames).tolist() == [0, 1, 2, 3]
     nothing = np.zeros(4, np.bool_)
     view.put_back(frames, nothing, nothing)
+
+
+def test_a_swap_trades_places_and_keeps_both_contents(costs: Costs) -> None:
+    """Planned at one barrier, executed by the VM within the next quantum: each pair with a flush of its own."""
+    config = small_guest(costs, "h-tpp", params={"scan_delay_ms": 600_000}, pages=PAGES, fast=512)
+    fleet = new_fleet(config)
+    until_populated(fleet)
+    vm = fleet.host.vms[0]
+    view, before = vm.view, vm.counters.copy()
+
+    def idle(node: int) -> Words:
+        """20 pages of a node that kswapd has no move under way for."""
+        pages = view.on_node(0, PAGES, node, PAGES)
+        return pages[(view.nodes.flags[view.frames(pages)] & F_BUSY) == 0][-20:]
+
+    slow, fast = idle(SLOW), idle(FAST)
+    vm.meter.now = fleet.guests[0].now
+    assert view.exchange(slow, fast, batched=True) == 20
+    assert view.exchange(slow, fast, batched=True) == 0, "they are busy"
+    report = fleet.run().reports[0]
+    assert report["integrity"]["mismatches"] == 0
+    assert report["kvm"]["remote_tlb_flush_requests"] + report["populate"]["kvm"]["remote_tlb_flush_requests"] >= 20
+    assert vm.counters[C.vmstat__pgexchange_success] - before[C.vmstat__pgexchange_success] == 20
+    half = PAGES
+    assert (view.frames(slow) < half).all() and (view.frames(fast) >= half).all()
+    check_memory(fleet)
