@@ -207,10 +207,14 @@ def show(
         rows.append((figure.key, value, f"{figure.low} - {figure.high}", figure.grade, figure.source))
     _print_table(("figure", "value", "range", "grade", "source"), rows)
     for tier, label in profile.tier_names.items():
-        points = profile.figures[f"{tier}.curve"].value
-        if isinstance(points, tuple):
-            curve = ", ".join(f"{use}: {factor}" for use, factor in points)
-            typer.echo(f"{tier} ({label}), factor on the idle latency by utilisation: {curve}")
+        for field, what in (
+            ("curve", "idle latency by utilisation"),
+            ("write_curve", "write bandwidth by writing threads"),
+        ):
+            points = profile.figures[f"{tier}.{field}"].value
+            if isinstance(points, tuple):
+                curve = ", ".join(f"{x}: {factor}" for x, factor in points)
+                typer.echo(f"{tier} ({label}), factor on the {what}: {curve}")
 
 
 @app.command()

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache
@@ -23,7 +24,7 @@ import msgspec
 
 from fleet.errors import ProfileError
 from fleet.names import nearest, unknown
-from proto.costs import Costs, TierCosts
+from proto.costs import MOST_WAYS, WALK_WAYS, Costs, TierCosts
 
 GRADES = ("read", "recalled", "measured", "estimated")
 """read: in the source's own text; recalled: from the literature, not re-read; measured: on some machine by us."""
@@ -39,6 +40,8 @@ _DIGITS = 18
 _MOST = 1 << 53
 """Bound of every resolved cost: sums of a great many of them still fit an int64."""
 _GRANULES = (64, 128, 256, 512)
+_CURVES = ("curve", "write_curve")
+_TLBS = ("l1_dtlb_4k", "l1_dtlb_2m", "stlb")
 _QUANTITY = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z/]{0,20})\s*")
 
 Number = int | Decimal
@@ -104,7 +107,7 @@ def override(base: Costs, key: str, text: str, profile: Profile | None) -> Costs
     if key not in _fields():
         raise ProfileError(f"host.{key}: " + unknown("cost", key, _fields()))
     tier, field = _fields()[key]
-    if field == "curve":
+    if field in _CURVES:
         raise ProfileError(where + ": a curve is not set by itself; put it into a profile file of your own")
     value = _parse(key, text, profile)
     if not tier:
@@ -123,24 +126,47 @@ def checked(resolved: Costs, where: str) -> Costs:
     """``resolved`` itself, if the engine can work with it. Raises ProfileError that begins with ``where``."""
     for key, (tier, field) in _fields().items():
         value = getattr(getattr(resolved, tier) if tier else resolved, field)
-        if field == "curve":
-            if len(value) < 2 or value[0] != (0, 1000) or any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise(value)):
+        if field in _CURVES:
+            if field == "curve" and not _rises(value, 1000):
                 raise ProfileError(f"{where}: {key} must start at (0, 1000) and rise")
+            if field == "write_curve" and not _falls(value, 1000):
+                raise ProfileError(f"{where}: {key} must start at a factor of 1000 and fall while threads rise")
             continue
         least = 0 if field.endswith("_ps") else 1
         if not least <= value <= _MOST:
             raise ProfileError(f"{where}: {key} must be between {least} and {_MOST} {next(iter(_units(key)))}")
-    sets, rest = divmod(resolved.stlb_entries, resolved.stlb_ways)
-    if rest or sets & (sets - 1):
-        raise ProfileError(
-            f"{where}: stlb_entries {resolved.stlb_entries} over stlb_ways {resolved.stlb_ways} "
-            "must give a power of two of sets"
-        )
+    _check_caches(resolved, where)
     for tier in _TIERS:
         granule = getattr(resolved, tier).granule_bytes
         if granule not in _GRANULES:
             raise ProfileError(f"{where}: {tier}.granule_bytes {granule} must be one of {_GRANULES}")
     return resolved
+
+
+def _check_caches(resolved: Costs, where: str) -> None:
+    """Every set index is a mask, and a set's ways are bits of one word."""
+    for name in _TLBS:
+        entries, ways = getattr(resolved, f"{name}_entries"), getattr(resolved, f"{name}_ways")
+        sets, rest = divmod(entries, ways)
+        if rest or not _power_of_two(sets):
+            raise ProfileError(
+                f"{where}: {name}_entries {entries} over {name}_ways {ways} must give a power of two of sets"
+            )
+        if ways > MOST_WAYS:
+            raise ProfileError(f"{where}: {name}_ways {ways} must be at most {MOST_WAYS}")
+    if resolved.stlb_2m_ways > resolved.stlb_ways:
+        raise ProfileError(
+            f"{where}: stlb_2m_ways {resolved.stlb_2m_ways} must be at most stlb_ways, {resolved.stlb_ways}"
+        )
+    for key in _fields():
+        if key.endswith("_cache_entries") or key == "nested_tlb_entries":
+            sets, rest = divmod(getattr(resolved, key), WALK_WAYS)
+            if rest or not _power_of_two(sets):
+                raise ProfileError(f"{where}: {key} must be {WALK_WAYS} times a power of two")
+
+
+def _power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
 
 
 def digest(profile: Profile) -> str:
@@ -187,7 +213,7 @@ def _fields() -> dict[str, tuple[str, str]]:
 def _units(key: str) -> dict[str, int]:
     """Units that a figure may have, by what it is."""
     field = _fields()[key][1]
-    if field == "curve":
+    if field in _CURVES:
         return {"factor": 1000}
     if field.endswith("_ps"):
         return _TIME
@@ -285,7 +311,7 @@ def _figure(key: str, table: object, where: str) -> Figure:
     bounds = table["range"]
     if not isinstance(bounds, list) or len(bounds) != 2 or not all(_is_number(bound) for bound in bounds):
         raise ProfileError(where + "range must be [lowest, highest], in the unit of the value")
-    value = _curve(table["value"], where) if key.endswith(".curve") else table["value"]
+    value = _curve(key, table["value"], where) if _fields()[key][1] in _CURVES else table["value"]
     judged = value[-1][1] if isinstance(value, tuple) else value
     if not _is_number(judged) or judged < 0:
         raise ProfileError(where + "value must be a number, not below 0")
@@ -294,17 +320,33 @@ def _figure(key: str, table: object, where: str) -> Figure:
     return Figure(key, value, table["unit"], bounds[0], bounds[1], table["source"], table["grade"])
 
 
-def _curve(value: object, where: str) -> Curve:
-    """Checked pairs (utilisation, factor): from 0, rising in both."""
-    if not isinstance(value, list) or len(value) < 2:
-        raise ProfileError(where + "value must be a list of [utilisation, factor] pairs")
+def _curve(key: str, value: object, where: str) -> Curve:
+    """Checked pairs: (utilisation, factor), from 0, rising in both; or (writing threads, factor), falling from 1."""
+    first = "utilisation" if key.endswith(".curve") else "threads"
+    if not isinstance(value, list) or not value:
+        raise ProfileError(where + f"value must be a list of [{first}, factor] pairs")
     for point in value:
         if not isinstance(point, list) or len(point) != 2 or not all(_is_number(part) for part in point):
-            raise ProfileError(where + f"point {point} is not a pair [utilisation, factor]")
-    steps = list(pairwise(value))
-    if value[0] != [0, 1] or any(left[0] >= right[0] or left[1] > right[1] for left, right in steps):
+            raise ProfileError(where + f"point {point} is not a pair [{first}, factor]")
+    if key.endswith(".curve") and not _rises(value, 1):
         raise ProfileError(where + "the curve must start at [0, 1] and rise")
+    if key.endswith(".write_curve") and not _falls(value, 1):
+        raise ProfileError(where + "the curve must start at a factor of 1 and fall while whole threads rise")
     return tuple((point[0], point[1]) for point in value)
+
+
+def _rises(points: Sequence[Sequence[Number]], one: int) -> bool:
+    """A loaded-latency curve: two points or more, from (0, 1)."""
+    steps = pairwise(points)
+    return len(points) > 1 and tuple(points[0]) == (0, one) and all(a[0] < b[0] and a[1] <= b[1] for a, b in steps)
+
+
+def _falls(points: Sequence[Sequence[Number]], one: int) -> bool:
+    """A write curve: one point or more, whole threads, factors from 1 downwards but above 0."""
+    threads = [point[0] for point in points]
+    steps = all(a[0] < b[0] and a[1] >= b[1] for a, b in pairwise(points))
+    whole = all(isinstance(count, int) and count >= 1 for count in threads)
+    return bool(points) and whole and steps and points[0][1] == one and points[-1][1] > 0
 
 
 def _is_number(value: object) -> bool:
@@ -320,9 +362,10 @@ def _unit_names(key: str) -> list[str]:
 
 
 def _resolve(figure: Figure, clock_mhz: Fraction) -> Any:
-    """A figure in the contract's unit: integer ps, bytes, bytes per second, count, or thousandths."""
+    """A figure in the contract's unit: integer ps, bytes, bytes per second, count, thousandths, whole threads."""
     if isinstance(figure.value, tuple):
-        return tuple((round(Fraction(use) * 1000), round(Fraction(factor) * 1000)) for use, factor in figure.value)
+        across = 1 if figure.key.endswith(".write_curve") else 1000
+        return tuple((round(Fraction(x) * across), round(Fraction(factor) * 1000)) for x, factor in figure.value)
     return _scaled(figure.key, Fraction(figure.value), figure.unit, clock_mhz)
 
 

@@ -172,7 +172,8 @@ class Guest:
         machine.latency_ps[:] = np.array(message.latency_ps).reshape(2, 2)
         machine.budget[:] = np.array(message.bandwidth_budget).reshape(2, 2)
         before = machine.budget.copy()
-        price_walks(machine, self.config.costs, int((self.nodes.managed - self.nodes.free_count).sum()))
+        price_walks(machine, self.config.costs, int((self.nodes.managed - self.nodes.free_count).sum()),
+                    message.llc_bytes)  # fmt: skip
         operations = np.frombuffer(message.operations, OPERATION)
         while self.now < until and not self.finished:
             target = min(until, self._timers[0][0] if self._timers else FOREVER)

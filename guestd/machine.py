@@ -111,14 +111,15 @@ def new_machine(
     )
 
 
-def price_walks(machine: Machine, costs: Costs, used_pages: int) -> None:
+def price_walks(machine: Machine, costs: Costs, used_pages: int, llc_bytes: int) -> None:
     """Set the walk prices for a quantum from the loaded latencies and where the page-table pages lie now.
 
     A leaf line sits in the LLC with the probability that the page tables of ``used_pages`` (GPT and EPT) fit there.
+    ``llc_bytes``: this VM's share of it.
     """
     locate_tables(machine.ept, machine.table_gpfn, int(machine.state[S.SLOW_FRAMES]), machine.table_slow)
-    fits = min(1000, 1000 * costs.llc_bytes // max(1, 16 * used_pages))
-    cached = fits * costs.walk_llc_ref_ps
+    fits = min(1000, 1000 * llc_bytes // max(1, 16 * used_pages))
+    cached = fits * costs.llc_latency_ps
     fast, slow = (int(machine.latency_ps[tier, 0]) for tier in (0, 1))
     price = machine.price
     price[PRICE_UPPER] = costs.walk_cached_ref_ps

@@ -151,14 +151,21 @@ class HostCore:
         latencies = self._contention.latencies()
         budgets = self._contention.budgets(running, quantum)
         self._contention.keep(running)
+        llc = self._llc_shares(running)
         out: Out = []
         for vm in running:
             operations = self.vms[vm].prepare(self._now_ps, self._until_ps)
             advance = Advance(until_ps=self._until_ps, latency_ps=latencies, bandwidth_budget=budgets[vm],
-                              operations=operations)  # fmt: skip
+                              llc_bytes=llc[vm], operations=operations)  # fmt: skip
             out.append((vm, advance))
         self._note_peak()
         return out
+
+    def _llc_shares(self, running: list[int]) -> dict[int, int]:
+        """Bytes of the LLC that each VM holds in the quantum: by its vCPUs over those of all that have booted."""
+        vcpus = {vm: self._guests[vm].vcpus * (self._guests[vm].start_ps < self._until_ps) for vm in running}
+        everyone = max(1, sum(vcpus.values()))
+        return {vm: self._config.costs.llc_bytes * own // everyone for vm, own in vcpus.items()}
 
     # -- accounts -----------------------------------------------------------------------------------------------
 

@@ -7,6 +7,11 @@ same name (without ``_ps``) in a profile. No cost is a literal anywhere else.
 
 from msgspec import Struct
 
+WALK_WAYS = 4
+"""Associativity of every paging-structure cache and of the nested TLB; unpublished, the emulator's."""
+MOST_WAYS = 32
+"""Of a TLB: its ways are bits of one mask."""
+
 
 class TierCosts(Struct, frozen=True):
     """One memory tier of a host."""
@@ -24,6 +29,8 @@ class TierCosts(Struct, frozen=True):
     """Media granule: what a random 64-byte access moves."""
     curve: tuple[tuple[int, int], ...]
     """Loaded latency: (utilisation, factor on the idle latency), both in thousandths, utilisation rising from 0."""
+    write_curve: tuple[tuple[int, int], ...]
+    """Write ceiling: (writing threads, factor on `write_bandwidth` in thousandths); factors fall from 1000."""
 
 
 class Costs(Struct, frozen=True):
@@ -32,28 +39,61 @@ class Costs(Struct, frozen=True):
     fast: TierCosts
     slow: TierCosts
 
+    l1_dtlb_4k_entries: int
+    """L1 data TLB of a vCPU for 4 KiB pages. Sets (entries / ways) of every TLB are a power of two."""
+    l1_dtlb_4k_ways: int
+    l1_dtlb_2m_entries: int
+    """L1 data TLB of a vCPU for 2 MiB pages."""
+    l1_dtlb_2m_ways: int
     stlb_entries: int
+    """Second-level TLB, of both page sizes."""
     stlb_ways: int
+    stlb_2m_ways: int
+    """How many ways of a set of it 2 MiB entries may take."""
     pde_cache_entries: int
-    """Guest paging-structure cache, entries that map 2 MiB each."""
+    """Guest paging-structure cache (combined mappings), entries that map 2 MiB each."""
+    pdpte_cache_entries: int
+    """The same, entries that map 1 GiB each."""
+    pml4e_cache_entries: int
+    """The same, entries that map 512 GiB each."""
     nested_tlb_entries: int
     """gPA-to-hPA translations of guest page-table pages."""
     ept_pde_cache_entries: int
     """EPT paging-structure cache, entries that map 2 MiB of gPA each."""
+    ept_pdpte_cache_entries: int
+    """The same, entries that map 1 GiB of gPA each."""
+    ept_pml4e_cache_entries: int
+    """The same, entries that map 512 GiB of gPA each."""
+    l2_bytes: int
+    """Second-level cache of a core."""
     llc_bytes: int
-    """Last-level cache that holds page-table lines (a VM's share of it)."""
+    """Last-level cache of the whole socket, which all its VMs share."""
 
     stlb_hit_ps: int
     walk_cached_ref_ps: int
     """A walk reference served by L1/L2 (upper levels)."""
-    walk_llc_ref_ps: int
-    """A walk reference served by the LLC (a leaf line that fits)."""
+    llc_latency_ps: int
+    """LLC load-to-use: of data, and of a walk reference that the LLC serves."""
 
     invlpg_ps: int
     cr3_flush_ps: int
     """Full flush of non-global entries (MOV CR3)."""
+    invpcid_addr_ps: int
+    """INVPCID type 0: one address of one PCID."""
+    invpcid_context_ps: int
+    """INVPCID type 1: one PCID."""
+    invpcid_all_ps: int
+    """INVPCID type 2: all PCIDs, global entries too."""
+    invpcid_all_nonglobal_ps: int
+    """INVPCID type 3: all PCIDs but for global entries."""
+    invvpid_addr_ps: int
+    """INVVPID type 0: one address of one VPID."""
+    invvpid_context_ps: int
+    """INVVPID type 1: one VPID."""
+    invept_single_ps: int
+    """INVEPT, single context."""
     invept_ps: int
-    """INVEPT, global or single context."""
+    """INVEPT, global."""
     shootdown_base_ps: int
     """What a remote flush in a guest costs its initiator, without the targets."""
     shootdown_target_ps: int
@@ -66,6 +106,8 @@ class Costs(Struct, frozen=True):
     """What kicking vCPUs out of guest mode costs the host thread that asks, without the targets."""
     kick_target_ps: int
     """What each kicked vCPU adds."""
+    pv_flush_entry_ps: int
+    """What a preempted vCPU's flush on enter (KVM's paravirtual TLB flush) adds to its next entry."""
 
     minor_fault_ps: int
     """Guest demand-zero fault, EPT warm, clearing included."""
@@ -75,8 +117,27 @@ class Costs(Struct, frozen=True):
     """EPT violation, host page already there (round trip included)."""
     ept_violation_alloc_ps: int
     """EPT violation that allocates and clears a host page (round trip included)."""
+    mmu_lock_hold_ps: int
+    """Part of an EPT violation that holds KVM's mmu_lock."""
+    zap_pte_ps: int
+    """Per leaf EPT entry that an MMU notifier zaps."""
     host_hint_fault_ps: int
     """What a host NUMA hint fault adds to the EPT violation that meets it."""
+    populate_page_ps: int
+    """Allocate and clear one 4 KiB host page without an exit (a VM populated at launch)."""
+    pml_entry_ps: int
+    """Per page-modification-log entry collected at an exit."""
+    swap_out_ps: int
+    """Swap one 4 KiB page out."""
+    swap_in_ps: int
+    """Swap one 4 KiB page in, in the fault that wants it."""
+
+    clear_page_huge_ps: int
+    """Clear one 2 MiB page."""
+    split_huge_ps: int
+    """Split one 2 MiB page into 4 KiB pages."""
+    collapse_huge_ps: int
+    """Collapse 512 4 KiB pages into one of 2 MiB, without the copies."""
 
     migrate_page_ps: int
     """Per page of a migration: locks, rmap, PTE, LRU; no copy, no flush."""

@@ -90,6 +90,8 @@ class Advance(Message, tag="advance", frozen=True):
     """Loaded latency: fast random, fast local, slow random, slow local."""
     bandwidth_budget: tuple[int, int, int, int]
     """Bytes that this VM may move in the quantum: fast read, slow read, fast write, slow write."""
+    llc_bytes: Annotated[int, Meta(ge=0)]
+    """This VM's share of the host's last-level cache in the quantum."""
     operations: Array
     """`proto.layout.OPERATION` records in order of time: what host threads do to this VM in the quantum."""
 

@@ -4,6 +4,7 @@ import json
 from fractions import Fraction
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +40,28 @@ def test_a_shipped_profile_gives_every_cost_with_evidence_within_its_range(name:
     assert costs.fast.latency_random_ps < costs.slow.latency_random_ps
     assert costs.fast.read_bandwidth > costs.slow.read_bandwidth
     assert copy_ps(costs, False, False) <= copy_ps(costs, True, False)
+    # What is closer to the core is smaller and faster, and what does more costs more.
+    assert costs.l1_dtlb_4k_entries < costs.stlb_entries
+    assert costs.l2_bytes < costs.llc_bytes
+    assert costs.walk_cached_ref_ps < costs.llc_latency_ps < costs.fast.latency_random_ps
+    assert costs.invlpg_ps < costs.invpcid_addr_ps <= costs.invpcid_context_ps <= costs.invpcid_all_nonglobal_ps
+    assert costs.invpcid_all_nonglobal_ps <= costs.invpcid_all_ps
+    assert costs.invvpid_addr_ps <= costs.invvpid_context_ps <= costs.invept_single_ps <= costs.invept_ps
+    assert costs.mmu_lock_hold_ps < costs.ept_violation_ps < costs.ept_violation_alloc_ps
+    assert costs.populate_page_ps < costs.ept_violation_alloc_ps < costs.swap_out_ps < costs.swap_in_ps
+    assert costs.clear_page_huge_ps < 512 * costs.populate_page_ps
+    assert costs.fast.write_curve[-1][1] >= costs.slow.write_curve[-1][1]
+
+
+def test_each_core_has_its_own_tlbs() -> None:
+    def tlbs(name: str) -> tuple[int, ...]:
+        costs = hosts.costs(hosts.load_profile(name))
+        return (costs.l1_dtlb_4k_entries, costs.l1_dtlb_4k_ways, costs.stlb_entries, costs.stlb_ways,
+                costs.stlb_2m_ways)  # fmt: skip
+
+    assert tlbs("xeon-8360y-optane") == (64, 4, 2048, 16, 8)
+    assert tlbs("sapphire-rapids-ddr5-cxl") == tlbs("sapphire-rapids-remote-dram") == (96, 6, 2048, 16, 16)
+    assert tlbs("genoa-ddr5-cxl") == (72, 9, 3072, 24, 24)
 
 
 def test_the_published_figures_of_the_demeter_host_arrive_in_the_contracts_units(base: hosts.Profile) -> None:
@@ -52,6 +75,9 @@ def test_the_published_figures_of_the_demeter_host_arrive_in_the_contracts_units
     # 7 cycles at 3.0 GHz.
     assert costs.stlb_hit_ps == round(Fraction(7_000_000, 3_000))
     assert costs.fast.curve[:2] == ((0, 1000), (250, 1130))
+    assert costs.slow.write_curve == ((4, 1000), (8, 800), (16, 600))
+    assert costs.fast.write_curve == ((1, 1000),)
+    assert costs.llc_bytes == 54 << 20
 
 
 def test_unpublished_costs_say_so(base: hosts.Profile) -> None:
@@ -71,7 +97,7 @@ def test_an_override_replaces_one_cost_and_nothing_else(base: hosts.Profile) -> 
     assert hosts.override(costs, "shootdown_base", "3", base).shootdown_base_ps == 3_000_000
 
 
-@given(key=st.sampled_from([key for key in hosts.figure_keys() if not key.endswith(".curve")]))
+@given(key=st.sampled_from([key for key in hosts.figure_keys() if not key.endswith("curve")]))
 def test_a_cost_written_exactly_is_read_back_without_a_profile(key: str) -> None:
     costs = hosts.costs(hosts.load_profile("sapphire-rapids-ddr5-cxl"))
     assert hosts.override(costs, key, hosts.exact(costs, key), None) == costs
@@ -85,7 +111,14 @@ def test_a_cost_written_exactly_is_read_back_without_a_profile(key: str) -> None
         ("invept", "fast", "write e.g. '500 ns'"),
         ("invept", "-3ns", "write e.g."),
         ("slow.curve", "1", "profile file of your own"),
+        ("slow.write_curve", "1", "profile file of your own"),
         ("stlb_ways", "3", "power of two"),
+        ("l1_dtlb_4k_entries", "65", "l1_dtlb_4k_entries 65 over l1_dtlb_4k_ways 4 must give a power of two"),
+        ("l1_dtlb_2m_ways", "64", "must give a power of two"),
+        ("stlb_ways", "64", "stlb_ways 64 must be at most 32"),
+        ("stlb_2m_ways", "17", "stlb_2m_ways 17 must be at most stlb_ways, 16"),
+        ("pdpte_cache_entries", "6", "pdpte_cache_entries must be 4 times a power of two"),
+        ("nested_tlb_entries", "2", "nested_tlb_entries must be 4 times a power of two"),
         ("stlb_entries", "0", "between 1 and"),
         ("invept", "1" * 5000, "write e.g."),
         ("invept", "9" * 25, "between 0 and"),
@@ -124,7 +157,7 @@ def test_a_profile_of_ones_own_extends_a_shipped_one(tmp_path: Path, base: hosts
 def test_a_renamed_tier_must_be_given_whole(tmp_path: Path) -> None:
     # Otherwise a new memory would silently inherit the granule and the curve of the old one.
     name = write(tmp_path, 'extends = "xeon-8360y-optane"\n[slow]\nname = "my memory"\n')
-    with pytest.raises(ProfileError, match=r"'slow.latency_random' is missing \(6 missing"):
+    with pytest.raises(ProfileError, match=r"'slow.latency_random' is missing \(7 missing"):
         hosts.load_profile(name)
 
 
@@ -165,6 +198,26 @@ def test_a_curve_that_does_not_rise_from_idle_is_refused(tmp_path: Path, value: 
     text = f'[slow.curve]\nvalue = {value}\nunit = "factor"\nrange = [0, 9]\nsource = "x"\ngrade = "estimated"\n'
     with pytest.raises(ProfileError, match=r"slow\.curve"):
         hosts.load_profile(write(tmp_path, 'extends = "xeon-8360y-optane"\n' + text))
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["[[4, 0.9]]", "[]", "[[1, 1], [2, 1.1]]", "[[4, 1], [4, 0.8]]", "[[4, 1], [8, 0]]", "[[0.5, 1]]", "[4, 1]", "1"],
+)
+def test_a_write_curve_that_does_not_fall_from_one_is_refused(tmp_path: Path, value: str) -> None:
+    text = f'[slow.write_curve]\nvalue = {value}\nunit = "factor"\nrange = [0, 9]\nsource = "x"\ngrade = "estimated"\n'
+    with pytest.raises(ProfileError, match=r"slow\.write_curve"):
+        hosts.load_profile(write(tmp_path, 'extends = "xeon-8360y-optane"\n' + text))
+
+
+@pytest.mark.parametrize(
+    ("curve", "value"), [("curve", ((0, 1000),)), ("write_curve", ()), ("write_curve", ((4, 1000), (8, 1001)))]
+)
+def test_resolved_curves_are_checked_too(base: hosts.Profile, curve: str, value: tuple[tuple[int, int], ...]) -> None:
+    costs = hosts.costs(base)
+    broken = msgspec.structs.replace(costs, slow=msgspec.structs.replace(costs.slow, **{curve: value}))
+    with pytest.raises(ProfileError, match=rf"mine: slow\.{curve} must start at"):
+        hosts.checked(broken, "mine")
 
 
 def test_a_profile_that_extends_itself_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from proto.costs import Costs
 from proto.counters import COUNTERS, C, new_counters, split
 from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.messages import Advance, Bye, EptFault, Failed, Hello, Mapped, Stop, Tick, ToGuest, ToHost, Welcome
-from proto.units import PS_PER_S
+from proto.units import PS_PER_MS, PS_PER_S
 from tests.small_fleet import ENGINE, small_guest, small_host
 
 PAGES = 512
@@ -97,6 +97,23 @@ def test_the_barrier_holds_until_all_have_ticked(fleet: Callable[..., Fleet]) ->
         sent = made.core.receive(1, tick(quantum * QUANTUM))
         assert [vm for vm, _ in sent] == [0, 1, 2]
         assert {message.until_ps for _, message in sent if isinstance(message, Advance)} == {(quantum + 1) * QUANTUM}
+
+
+def llc_shares(sent: Sent) -> dict[int, int]:
+    return {vm: message.llc_bytes for vm, message in sent if isinstance(message, Advance)}
+
+
+def test_the_llc_is_shared_by_vcpus_of_the_vms_that_run(costs: Costs) -> None:
+    quantum_ms = QUANTUM // PS_PER_MS
+    made = Fleet([small_guest(costs, vm=vm, vcpus=vcpus, start_ms=start, pages=PAGES, fast=128)
+                  for vm, (vcpus, start) in enumerate([(3, 0), (1, 0), (4, quantum_ms)])])  # fmt: skip
+    whole = costs.llc_bytes
+    # VM 2 has not booted in the first quantum; VM 0 leaves after the second.
+    assert llc_shares(made.all_hello()) == {0: whole * 3 // 4, 1: whole // 4, 2: 0}
+    sent = [made.core.receive(vm, tick(QUANTUM)) for vm in range(3)][-1]
+    assert llc_shares(sent) == {0: whole * 3 // 8, 1: whole // 8, 2: whole // 2}
+    sent = [made.core.receive(vm, tick(2 * QUANTUM, "done" if vm == 0 else "run")) for vm in range(3)][-1]
+    assert llc_shares(sent) == {1: whole // 5, 2: whole * 4 // 5}
 
 
 REFUSED: dict[str, Callable[[], ToHost]] = {

@@ -51,6 +51,7 @@ TO_GUEST: list[Message] = [
         until_ps=9,
         latency_ps=(1, 2, 3, 4),
         bandwidth_budget=(5, 6, 7, 8),
+        llc_bytes=11,
         operations=np.zeros(2, OPERATION).tobytes(),
     ),
     Stop(reason="enough"),
