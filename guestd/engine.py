@@ -1,10 +1,11 @@
 """The vCPU engine: runs the accesses of all vCPUs of a guest up to a virtual time.
 
 One access: TLB lookup; on a miss (or a first write through a clean entry) a walk that sets A and D bits in GPT and EPT
-and fills the TLB; then the frame itself, whose content stamp is checked and, on a write, bumped; then its cost. The
-loop is exact and in order; what makes it fast on a large footprint is that each chunk of accesses is first walked
-through by software prefetches in phases (GPT entries, EPT entries, stamps), which change nothing but the caches of the
-machine (architecture 5). vCPUs take turns in slices of fixed virtual time; host operations cut slices at their own
+and fills the TLB; then the frame itself, whose content stamp is checked and, on a write, bumped; then its cost: the
+tier's, or that of the LLC where the workload says that it hits there. The loop is exact and in order; what makes it
+fast on a large footprint is that each chunk of accesses is first walked through by software prefetches in phases (GPT
+entries, EPT entries, stamps), which change nothing but the caches of the machine (architecture 5). vCPUs take turns in
+slices of fixed virtual time; host operations cut slices at their own
 timestamps. The engine returns whenever something outside it must act: accesses to be generated, a fault, a PMI.
 """
 
@@ -57,7 +58,7 @@ from proto.entry import (
     STAMP_VERSION_MASK,
     WRITABLE,
 )
-from proto.trace import LOAD, STORE
+from proto.trace import LLC_HIT, LOAD, STORE
 from proto.units import PAGE_SHIFT, TABLE_SHIFT
 
 REACHED, NEED_ACCESSES, FAULT, PMI, COMPLETED = 0, 1, 2, 3, 4
@@ -103,13 +104,16 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     counters, state, params = m.counters, m.state, m.ds.params
     latency_ps, read_bytes, write_bytes, budget = m.latency_ps, m.read_bytes, m.write_bytes, m.budget
     owner, slow_frames, mlp, stlb_hit = state[S.OWNER], state[S.SLOW_FRAMES], state[S.MLP_Q8], state[S.STLB_HIT_PS]
+    llc_ps = state[S.LLC_PS]
     load_period, store_period = params[P_LOAD_PERIOD], params[P_STORE_PERIOD]
 
     clock, position, length = field[CLOCK], field[POSITION], field[LENGTH]
     last_block = field[LAST_BLOCK]
     left = state[S.LEFT]
     prefetched = position
-    total = slow_total = loads = stores = misses = assists = walks = refs = walk_total = stall = thought = bad = 0
+    total = slow_total = hits = loads = stores = misses = assists = walks = refs = walk_total = stall = thought = (
+        bad
+    ) = 0
     reason = REACHED
     while clock < until:
         if position == length:
@@ -125,7 +129,8 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
         assume(position >= 0)
         a = address[position]
         assume(a >= 0)
-        kind = kinds[position]
+        kind = kinds[position] & ~LLC_HIT
+        hit = kinds[position] >= LLC_HIT
         page = a >> PAGE_SHIFT
         write = kind != LOAD
         g = gpt[page]
@@ -171,11 +176,10 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
 
         slow = 1 if frame >= slow_frames else 0
         local = 1 if (a >> 8) == last_block else 0
-        if budget[0, slow] <= 0 or (write and budget[1, slow] <= 0):
+        if not hit and (budget[0, slow] <= 0 or (write and budget[1, slow] <= 0)):
             counters[C.time__throttle_ps] += state[S.END_PS] - clock
             clock = state[S.END_PS]
             break
-        last_block = a >> 8
         if fault_ps[position] != 0:
             clock += fault_ps[position]
             fault_ps[position] = 0
@@ -189,14 +193,20 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
         stamp = stamps[frame]
         if stamp != (owner | (page << STAMP_PAGE_SHIFT) | ((g >> ENTRY_VERSION_SHIFT) & STAMP_VERSION_MASK)):
             bad += 1
-        latency = walk_ps + latency_ps[slow, local]
+        if hit:
+            latency = walk_ps + llc_ps
+            hits += 1
+        else:
+            latency = walk_ps + latency_ps[slow, local]
+            last_block = a >> 8
+            budget[0, slow] -= read_bytes[slow, local]
+            if write:
+                budget[1, slow] -= write_bytes[slow, local]
         cost = (latency * mlp) >> 8
-        budget[0, slow] -= read_bytes[slow, local]
         if write:
             stores += 1
             gpt[page] = (g & ~ENTRY_VERSION_MASK) | ((g + ENTRY_VERSION_ONE) & ENTRY_VERSION_MASK)
             stamps[frame] = (stamp & ~STAMP_VERSION_MASK) | ((stamp + 1) & STAMP_VERSION_MASK)
-            budget[1, slow] -= write_bytes[slow, local]
         clock += think[position] + cost
         thought += think[position]
         stall += cost
@@ -243,6 +253,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     counters[C.access__total] += total
     counters[C.access__fast] += total - slow_total
     counters[C.access__slow] += slow_total
+    counters[C.access__llc_hits] += hits
     counters[C.access__loads] += loads
     counters[C.access__stores] += stores
     counters[C.access__tlb_misses] += misses

@@ -21,6 +21,7 @@ from guestd.events import EventLog
 from guestd.fault import OUT_OF_MEMORY, Batch, charge, clear_fresh, collect, verify
 from guestd.guest_view import EptFaultCall, GuestView
 from guestd.hotness import placement_by_heat
+from guestd.llc import data_share
 from guestd.machine import S, new_machine, price_walks
 from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter, metered
 from guestd.mm.nodes import FAST, NO_PAGE, WMARK_LOW, allocate, new_nodes
@@ -172,8 +173,9 @@ class Guest:
         machine.latency_ps[:] = np.array(message.latency_ps).reshape(2, 2)
         machine.budget[:] = np.array(message.bandwidth_budget).reshape(2, 2)
         before = machine.budget.copy()
-        price_walks(machine, self.config.costs, int((self.nodes.managed - self.nodes.free_count).sum()),
-                    message.llc_bytes)  # fmt: skip
+        used_pages = int((self.nodes.managed - self.nodes.free_count).sum())
+        price_walks(machine, self.config.costs, used_pages, message.llc_bytes)
+        self.workload.set_llc(data_share(message.llc_bytes, used_pages))
         operations = np.frombuffer(message.operations, OPERATION)
         while self.now < until and not self.finished:
             target = min(until, self._timers[0][0] if self._timers else FOREVER)

@@ -7,6 +7,7 @@ import numpy as np
 
 from guestd.address_space import AddressSpace
 from guestd.fault import NO_FRAME, locate_tables
+from guestd.llc import TABLE_BYTES_PER_PAGE
 from guestd.pebs import DsArea, new_ds_area
 from guestd.tiering.policy import Sampling
 from guestd.vcpu import Vcpus, new_vcpus
@@ -44,6 +45,8 @@ class S(IntEnum):
     VMEXIT_PS = auto()
     SLICE_PS = auto()
     STLB_HIT_PS = auto()
+    LLC_PS = auto()
+    """Load-to-use latency of the LLC."""
 
 
 class Machine(NamedTuple):
@@ -89,6 +92,7 @@ def new_machine(
     state[S.VMEXIT_PS] = costs.vmexit_ps
     state[S.SLICE_PS] = config.engine.slice_ps
     state[S.STLB_HIT_PS] = costs.stlb_hit_ps
+    state[S.LLC_PS] = costs.llc_latency_ps
     tiers = (costs.fast, costs.slow)
     # A local access finds its block in the device's buffer; only granules above a line have such a block.
     media = np.array([[t.granule_bytes, LINE_SIZE if t.granule_bytes == LINE_SIZE else 0] for t in tiers], np.int64)
@@ -118,7 +122,7 @@ def price_walks(machine: Machine, costs: Costs, used_pages: int, llc_bytes: int)
     ``llc_bytes``: this VM's share of it.
     """
     locate_tables(machine.ept, machine.table_gpfn, int(machine.state[S.SLOW_FRAMES]), machine.table_slow)
-    fits = min(1000, 1000 * llc_bytes // max(1, 16 * used_pages))
+    fits = min(1000, 1000 * llc_bytes // max(1, TABLE_BYTES_PER_PAGE * used_pages))
     cached = fits * costs.llc_latency_ps
     fast, slow = (int(machine.latency_ps[tier, 0]) for tier in (0, 1))
     price = machine.price

@@ -79,9 +79,10 @@ def build_report(guest: Guest) -> dict[str, Any]:
         "populate_virtual_s": (run_start - guest.started_ps) / PS_PER_S,
         "throughput_mops": total / (run_ps / PS_PER_S) / 1e6,
         "access": {
-            **{key: access[key] for key in ("total", "fast", "slow", "loads", "stores", "tlb_misses", "dirty_assists",
-                                            "walks", "walk_refs")},
+            **{key: access[key] for key in ("total", "fast", "slow", "llc_hits", "loads", "stores", "tlb_misses",
+                                            "dirty_assists", "walks", "walk_refs")},
             "fast_ratio": access["fast"] / max(1, total),
+            "llc_hit_ratio": access["llc_hits"] / max(1, total),
             "tlb_miss_ratio": access["tlb_misses"] / max(1, total),
             "walk_ns_mean": access["walk_ps"] / PS_PER_NS / max(1, access["walks"]),
             "latency_ns": percentiles_ns(machine.vcpus.histogram.sum(axis=0)),

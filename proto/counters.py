@@ -16,6 +16,8 @@ class C(IntEnum):
     access__total = 0
     access__fast = auto()
     access__slow = auto()
+    access__llc_hits = auto()
+    """Accesses that the last-level cache served; each is in `fast` or `slow` too, by where its page lies."""
     access__loads = auto()
     access__stores = auto()
     access__tlb_misses = auto()
