@@ -56,7 +56,8 @@ def test_a_run_ends_with_table_and_figure_and_never_overwrites_another(tmp_path:
 # --- acceptance: whole runs of real processes, as a user starts them -------------------------------------------------
 
 EVERY_DESIGN = """
-memory = "32MiB"
+memory = "8GiB"
+scale = "1/256"
 vcpus = 2
 seconds = 0.6
 seed = 1
