@@ -32,6 +32,7 @@ from guestd.vcpu import (
     FLUSH_AT_ENTRY,
     IDLE,
     LAST_BLOCK,
+    LAST_WRITTEN,
     LATENCY_BIN_SHIFT,
     LATENCY_BINS,
     LENGTH,
@@ -108,7 +109,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     load_period, store_period = params[P_LOAD_PERIOD], params[P_STORE_PERIOD]
 
     clock, position, length = field[CLOCK], field[POSITION], field[LENGTH]
-    last_block = field[LAST_BLOCK]
+    last_block, last_written = field[LAST_BLOCK], field[LAST_WRITTEN]
     left = state[S.LEFT]
     prefetched = position
     total = slow_total = hits = loads = stores = misses = assists = walks = refs = walk_total = stall = thought = (
@@ -201,7 +202,8 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             last_block = a >> 8
             budget[0, slow] -= read_bytes[slow, local]
             if write:
-                budget[1, slow] -= write_bytes[slow, local]
+                budget[1, slow] -= write_bytes[slow, 1 if last_block == last_written else 0]
+                last_written = last_block
         cost = (latency * mlp) >> 8
         if write:
             stores += 1
@@ -248,7 +250,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
 
     field[CLOCK] = clock
     field[POSITION] = position
-    field[LAST_BLOCK] = last_block
+    field[LAST_BLOCK], field[LAST_WRITTEN] = last_block, last_written
     state[S.LEFT] = left
     counters[C.access__total] += total
     counters[C.access__fast] += total - slow_total

@@ -42,7 +42,9 @@ RANDOM = 14
 """State of the load-tagging generator."""
 DS_FAULT = 15
 """gPA frame + 1 of a DS page whose record met an EPT violation; 0 = none."""
-FIELDS = 16
+LAST_WRITTEN = 16
+"""256-byte block of the write before."""
+FIELDS = 17
 
 BUFFER = 16384
 """Accesses generated ahead per vCPU."""
@@ -104,7 +106,7 @@ def new_vcpus(count: int, costs: Costs, seed: int) -> Vcpus:
         np.zeros((count, BUFFER), np.int64),
         np.zeros((count, BUFFER), np.int64),
     )
-    vcpus.field[:, LAST_BLOCK] = -1
+    vcpus.field[:, LAST_BLOCK] = vcpus.field[:, LAST_WRITTEN] = -1
     vcpus.field[:, RANDOM] = (seed * 2654435761 % (1 << 31) + np.arange(count) * 40503 + 1) & 0x7FFFFFFF
     vcpus.field[:, TAG_LEFT] = 1 + vcpus.field[:, RANDOM] % (2 * costs.load_latency_tag_interval - 1)
     return vcpus

@@ -109,6 +109,7 @@ class ReferenceVcpu:
     queue: list[Access] = field(default_factory=list)
     idle: bool = False
     last_block: int = -1
+    last_written: int = -1
     guest_upper: bool = False
     ept_upper: bool = False
     exit: tuple[int, int] = (0, 0)
@@ -265,7 +266,9 @@ class Reference:
         cost = latency * self.mlp // 256
         if not hit:
             self.budget[0][slow] -= self.read_bytes[slow][local]
-            self.budget[1][slow] -= self.write_bytes[slow][local] if write else 0
+            if write:
+                self.budget[1][slow] -= self.write_bytes[slow][int(access.address // 256 == cpu.last_written)]
+                cpu.last_written = access.address // 256
         if write:
             next_version = (version + 1) % (1 << VERSION_BITS)
             self.gpt[page] += (next_version - version) << ENTRY_VERSION_SHIFT
