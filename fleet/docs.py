@@ -1,17 +1,18 @@
-"""Writes docs/policies.md from the policies' own declarations: ``python -m fleet.docs``.
+"""Writes docs/policies.md and docs/parameters.md from the code's own declarations: ``python -m fleet.docs``.
 
-A test compares the file with `policies_page`, so that it never says anything else than the code. Only the built-in
-policies are in it; `fleet policies` lists those of other packages too.
+A test compares the files with `pages`, so that they never say anything else than the code. Only the built-in policies
+are in it; `fleet policies` lists those of other packages too.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS
 from guestd.params import Param
 from guestd.tiering.policy import Policy
 from guestd.tiering.registry import BUILT_IN
 
-POLICIES_PAGE = Path(__file__).resolve().parent.parent / "docs" / "policies.md"
+FOLDER = Path(__file__).resolve().parent.parent / "docs"
 
 _VIEWS = {
     "guest": "guest: gVA to gPA, through the guest page table",
@@ -26,6 +27,31 @@ line: `fleet policies`, and `fleet policies NAME` for one with all that can be s
 `--set policy.NAME=VALUE`, or with `set.policy.NAME` in a spec. What is counted and charged for each operation is in
 [model.md](model.md).
 """
+
+_PARAMETERS_HEAD = """\
+# Parameters of engine, guest and host
+
+Written by `python -m fleet.docs` from the declarations in `fleet/spec_params.py`; a test keeps it up to date. Set one
+with `--set SPACE.NAME=VALUE`, or with `set.SPACE.NAME` in a spec. Those of policies are in [policies.md](policies.md),
+those of workloads in `fleet workloads NAME`; every cost of the host profile (`fleet hosts show NAME`) is set in the
+space `host` too.
+"""
+_SPACES = (
+    ("guest", "the guests' kernel; each group of VMs may have its own", GUEST_PARAMS),
+    ("host", "the host's kernel and hypervisor, beside its costs", HOST_PARAMS),
+    ("engine", "the emulator, by which no result moves by more than 2 %", ENGINE_PARAMS),
+)
+
+
+def pages() -> dict[str, str]:
+    """File name in docs/ -> what it must say."""
+    return {"policies.md": policies_page(), "parameters.md": parameters_page()}
+
+
+def parameters_page() -> str:
+    """The page as Markdown: a table for each space."""
+    sections = [f"\n## {space}\n\nParameters of {what}.\n\n{_param_table(params)}" for space, what, params in _SPACES]
+    return _PARAMETERS_HEAD + "".join(sections)
 
 
 def policies_page(policies: Sequence[Policy] = BUILT_IN) -> str:
@@ -44,8 +70,12 @@ def _section(policy: Policy) -> str:
     ]
     if not policy.params:
         return "\n".join([*parts, "No parameters.\n"])
-    rows = [[f"`{p.name}`", f"`{_text(p.default)}`", p.unit, _limits(p), p.help, p.source] for p in policy.params]
-    return "\n".join([*parts, _table(("parameter", "default", "unit", "allowed", "meaning", "source"), rows)])
+    return "\n".join([*parts, _param_table(policy.params)])
+
+
+def _param_table(params: Sequence[Param]) -> str:
+    rows = [[f"`{p.name}`", f"`{_text(p.default)}`", p.unit, _limits(p), p.help, p.source] for p in params]
+    return _table(("parameter", "default", "unit", "allowed", "meaning", "source"), rows)
 
 
 def _limits(param: Param) -> str:
@@ -68,4 +98,5 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    POLICIES_PAGE.write_text(policies_page(), encoding="utf-8")
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")

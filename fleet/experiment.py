@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from fleet.spec_values import exact_size, exact_time
-from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, Scalar
+from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, HostKernel, Scalar
 from proto.costs import Costs
 from proto.units import PAGE_SIZE, PS_PER_S
 
@@ -57,6 +58,7 @@ class Experiment:
     """Name of the host profile that `costs` come from."""
     host_overrides: dict[str, str]
     """Costs that were set one by one, as text with units; already in `costs`."""
+    host_kernel: HostKernel
     costs: Costs
     scale: Fraction
     """Factor on every memory size and transaction count."""
@@ -72,7 +74,11 @@ class Experiment:
     ) -> list[GuestConfig]:
         """One config per VM, numbered from 0 through the tenants; the callables name each VM's files."""
         owners = [tenant for tenant in self.tenants for _ in range(tenant.vms)]
-        return [self._guest(vm, tenant, str(log_path(vm)), str(events_path(vm))) for vm, tenant in enumerate(owners)]
+        first = list(accumulate((tenant.vcpus for tenant in owners), initial=0))
+        return [
+            self._guest(vm, tenant, (first[vm], first[-1]), str(log_path(vm)), str(events_path(vm)))
+            for vm, tenant in enumerate(owners)
+        ]
 
     def host_config(self, log_path: Path | str = "") -> HostConfig:
         """What the host process needs to know."""
@@ -80,6 +86,7 @@ class Experiment:
             costs=self.costs,
             engine=self.engine,
             sample_ps=self.sample_ps,
+            kernel=self.host_kernel,
             hang_timeout_s=self.hang_timeout_s,
             log_path=str(log_path),
         )
@@ -93,7 +100,9 @@ class Experiment:
         """SHA-256 of everything that says what is run, as ``sha256:...``: not the name, and files by their content."""
         return "sha256:" + hashlib.sha256(json.dumps(_canonical(self), sort_keys=True).encode()).hexdigest()
 
-    def _guest(self, vm: int, tenant: Tenant, log_path: str, events_path: str) -> GuestConfig:
+    def _guest(
+        self, vm: int, tenant: Tenant, vcpu_range: tuple[int, int], log_path: str, events_path: str
+    ) -> GuestConfig:
         total = scaled_pages(tenant.memory_bytes, self.scale)
         fast = round(total * tenant.fast_ratio)
         return GuestConfig(
@@ -101,6 +110,8 @@ class Experiment:
             name=f"vm{vm}",
             seed=vm_seed(self.seed, vm),
             vcpus=tenant.vcpus,
+            first_vcpu=vcpu_range[0],
+            fleet_vcpus=vcpu_range[1],
             total_pages=total,
             fast_pages=fast,
             slow_pages=total - fast,
@@ -114,6 +125,7 @@ class Experiment:
             sample_ps=self.sample_ps,
             engine=self.engine,
             kernel=tenant.kernel,
+            host=self.host_kernel,
             costs=self.costs,
             log_path=log_path,
             events_path=events_path,
@@ -174,6 +186,7 @@ def _toml(experiment: Experiment) -> str:
         "engine.slice": exact_time(engine.slice_ps),
         "engine.block": engine.block,
     }
+    settings |= {f"host.{key}": value for key, value in _host_settings(experiment.host_kernel).items()}
     settings |= {f"host.{key}": text for key, text in experiment.host_overrides.items()}
     costs = msgspec.to_builtins(experiment.costs)
     tiers = {tier: costs.pop(tier) for tier in ("fast", "slow")}
@@ -202,6 +215,14 @@ def _tenant(tenant: Tenant) -> dict[str, object]:
         "start": exact_time(tenant.start_ps),
         **until,
     }
+
+
+def _host_settings(kernel: HostKernel) -> dict[str, object]:
+    settings: dict[str, object] = msgspec.structs.asdict(kernel)
+    for name in ("sched_slice", "pml_harvest"):
+        settings[name] = exact_time(getattr(kernel, f"{name}_ps"))
+        del settings[f"{name}_ps"]
+    return settings
 
 
 def _settings(tenant: Tenant) -> dict[str, object]:

@@ -18,7 +18,7 @@ from fleet import hosts
 from fleet.errors import ProfileError, SpecError
 from fleet.experiment import Experiment, Tenant, scaled_pages, scaled_transactions
 from fleet.names import unknown
-from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, engine_config, guest_kernel
+from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS, engine_config, guest_kernel, host_kernel
 from fleet.spec_trace import check_trace
 from fleet.spec_values import Given, exact_size, exact_time, fraction, integer, is_file, parameter, size, text, time_ps
 from guestd.params import Param
@@ -47,6 +47,8 @@ _UNTIL = ("seconds", "transactions")
 _GROUP_SPACES = ("policy", "workload", "guest")
 _RUN_SPACES = ("engine", "host")
 _SPACES = (*_GROUP_SPACES, *_RUN_SPACES)
+_HOST_NAMES = frozenset(param.name for param in HOST_PARAMS)
+"""Keys of the space `host` that are no costs."""
 
 
 class Kind(Protocol):
@@ -123,6 +125,8 @@ class _Resolver:
         _check_clock(run["clock"])
         scale = _scale(run["scale"])
         costs, host_overrides = self._host(run["host"], layer)
+        # Costs share the space `host`; `_host` has judged its names.
+        kernel = host_kernel(self._parameters("host", "the host's kernel", HOST_PARAMS, {}, layer))
         engine = engine_config(self._parameters("engine", "the engine", ENGINE_PARAMS, layer, layer))
         tenants = tuple(self._tenant(group, scale) for group in self.groups)
         for key, given in self.unused.items():
@@ -143,6 +147,7 @@ class _Resolver:
             clock="virtual",
             host=_host_name(run["host"]),
             host_overrides=host_overrides,
+            host_kernel=kernel,
             costs=costs,
             scale=scale,
             engine=engine,
@@ -172,6 +177,10 @@ class _Resolver:
         overrides = {}
         for key in [key for key in layer if _space(key) == "host"]:
             name, value = key.removeprefix("host."), str(layer[key].raw)
+            if name in _HOST_NAMES:
+                continue
+            if name not in hosts.figure_keys():
+                raise layer[key].refuse(unknown("cost or host parameter", name, (*hosts.figure_keys(), *_HOST_NAMES)))
             try:
                 costs = hosts.override(costs, name, value, profile)
             except ProfileError as error:

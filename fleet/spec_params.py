@@ -1,11 +1,11 @@
-"""Parameters that every experiment has: the emulator's engine and the guest's kernel, declared like a policy's."""
+"""Parameters that every experiment has, declared like a policy's: engine, kernel of the guest, kernel of the host."""
 
 from collections.abc import Mapping
 
 from fleet.errors import SpecError
 from guestd.params import Param
-from proto.config import EngineConfig, GuestKernel, Scalar
-from proto.units import PS_PER_US
+from proto.config import EngineConfig, GuestKernel, HostKernel, Scalar
+from proto.units import PS_PER_MS, PS_PER_US
 
 _LAW = "architecture: the invariance law; no figure may move by more than 2 % with it"
 
@@ -70,6 +70,117 @@ GUEST_PARAMS = (
         "migration flushes once per batch (Linux 6.3 on), not per page",
         "mm/migrate.c; the published baselines run 5.15",
     ),
+    Param(
+        "thp",
+        "never",
+        "",
+        "transparent huge pages in the guest",
+        "Documentation/admin-guide/mm/transhuge.rst; the published evaluation runs without",
+        ("never", "always"),
+    ),
+    Param(
+        "pv_tlb_flush",
+        True,
+        "",
+        "a shootdown skips preempted vCPUs; they flush at their next entry",
+        "arch/x86/kernel/kvm.c, kvm_flush_tlb_multi",
+    ),
+    Param(
+        "page_table_levels",
+        4,
+        "levels",
+        "of the guest's page table; 5 = LA57",
+        "Intel SDM vol. 3, 4.5",
+        minimum=4,
+        maximum=5,
+    ),
+)
+
+_STOCK = HostKernel()
+HOST_PARAMS = (
+    Param(
+        "pebs",
+        _STOCK.pebs,
+        "",
+        "what a guest's PEBS record does that meets an EPT violation: it is written after the fault, or kills the VM; "
+        "or all guests' records go to one buffer that all can read",
+        "arch/x86/events/intel/core.c (pebs_ept, pebs_no_isolation); shared: what vTMM assumes, refuted by the seed",
+        ("ept-friendly", "legacy", "shared"),
+    ),
+    Param(
+        "populate",
+        _STOCK.populate,
+        "",
+        "back and pin all memory of a VM before it runs",
+        "Intel SDM vol. 3, 20.9.5: the workaround for PEBS before pebs_ept; QEMU -mem-prealloc with mlock",
+    ),
+    Param(
+        "thp",
+        _STOCK.thp,
+        "",
+        "transparent huge pages in the host",
+        "Documentation/admin-guide/mm/transhuge.rst; the published evaluation runs without",
+        ("never", "always"),
+    ),
+    Param(
+        "ept_levels",
+        _STOCK.ept_levels,
+        "levels",
+        "of the EPT; 5 where the host has LA57",
+        "arch/x86/kvm/mmu/mmu.c, max_tdp_level",
+        minimum=4,
+        maximum=5,
+    ),
+    Param(
+        "tdp_mmu",
+        _STOCK.tdp_mmu,
+        "",
+        "KVM's TDP MMU: EPT faults share mmu_lock, notifiers take it alone",
+        "arch/x86/kvm/mmu/tdp_mmu.c; default since Linux 5.15",
+    ),
+    Param(
+        "pcpus",
+        _STOCK.pcpus,
+        "CPUs",
+        "physical CPUs; 0 = one per vCPU",
+        "the published evaluation never overcommits CPUs",
+        minimum=0,
+        maximum=1 << 16,
+    ),
+    Param(
+        "sched_slice",
+        _STOCK.sched_slice_ps // PS_PER_US,
+        "us",
+        "the host scheduler's slice on a CPU with several vCPUs",
+        "kernel/sched/fair.c, sysctl_sched_base_slice: 0.75 ms x (1 + log2 of up to 8 CPUs)",
+        minimum=100,
+        maximum=1_000_000,
+    ),
+    Param(
+        "pml",
+        _STOCK.pml,
+        "",
+        "page-modification logging",
+        "Intel SDM vol. 3, 29.3.6; arch/x86/kvm/vmx/vmx.c",
+    ),
+    Param(
+        "pml_harvest",
+        _STOCK.pml_harvest_ps // PS_PER_MS,
+        "ms",
+        "time between two harvests of the dirty bitmap; 0 = none",
+        "unpublished: vTMM's window",
+        minimum=0,
+        maximum=1_000_000,
+    ),
+    Param(
+        "swap_pages_per_s",
+        _STOCK.swap_pages_per_s,
+        "pages/s",
+        "pages that the host's swap daemon looks at, per VM; 0 = no swap",
+        "unpublished: a load, not a mechanism",
+        minimum=0,
+        maximum=100_000_000,
+    ),
 )
 
 
@@ -90,4 +201,23 @@ def guest_kernel(values: Mapping[str, Scalar]) -> GuestKernel:
         ds_pages=int(values["ds_pages"]),
         ds_prefault=bool(values["ds_prefault"]),
         batched_unmap_flush=bool(values["batched_unmap_flush"]),
+        thp=str(values["thp"]),
+        pv_tlb_flush=bool(values["pv_tlb_flush"]),
+        page_table_levels=int(values["page_table_levels"]),
+    )
+
+
+def host_kernel(values: Mapping[str, Scalar]) -> HostKernel:
+    """The host kernel's configuration from checked values."""
+    return HostKernel(
+        pebs=str(values["pebs"]),
+        populate=bool(values["populate"]),
+        thp=str(values["thp"]),
+        ept_levels=int(values["ept_levels"]),
+        tdp_mmu=bool(values["tdp_mmu"]),
+        pcpus=int(values["pcpus"]),
+        sched_slice_ps=int(values["sched_slice"]) * PS_PER_US,
+        pml=bool(values["pml"]),
+        pml_harvest_ps=int(values["pml_harvest"]) * PS_PER_MS,
+        swap_pages_per_s=int(values["swap_pages_per_s"]),
     )

@@ -13,7 +13,7 @@ import numpy as np
 from fleet.in_process import InProcessFleet
 from guestd.meter import meter_cost_ns
 from guestd.tiering.registry import policies as all_policies
-from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, Scalar
+from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, HostKernel, Scalar
 from proto.costs import Costs
 from proto.trace import STORE, Trace, TraceMeta, write_trace
 from proto.units import PAGE_SIZE, PS_PER_MS
@@ -48,6 +48,8 @@ def _run(policy: str, workload: str, params: dict[str, Scalar], costs: Costs) ->
         name="warm-up",
         seed=1,
         vcpus=2,
+        first_vcpu=0,
+        fleet_vcpus=2,
         total_pages=_PAGES,
         fast_pages=_FAST_PAGES,
         slow_pages=_PAGES - _FAST_PAGES,
@@ -68,6 +70,7 @@ def _run(policy: str, workload: str, params: dict[str, Scalar], costs: Costs) ->
             ds_prefault=True,
             batched_unmap_flush=False,
         ),
+        host=HostKernel(),
         costs=costs,
         log_path="",
         events_path="",

@@ -3,6 +3,7 @@
 from msgspec import Struct
 
 from proto.costs import Costs
+from proto.units import PS_PER_S, PS_PER_US
 
 Scalar = bool | int | float | str
 
@@ -33,6 +34,38 @@ class GuestKernel(Struct, frozen=True):
     """Stock Linux clears the PEBS buffer when it allocates it, so no record meets an EPT violation."""
     batched_unmap_flush: bool
     """Migration flushes once per batch (Linux 6.3 on) instead of once per page (5.15, the published baselines)."""
+    thp: str = "never"
+    """Transparent huge pages: ``never`` or ``always``."""
+    pv_tlb_flush: bool = True
+    """A shootdown skips preempted vCPUs, which flush at their next entry (KVM_FEATURE_PV_TLB_FLUSH)."""
+    page_table_levels: int = 4
+    """4, or 5 (LA57)."""
+
+
+class HostKernel(Struct, frozen=True):
+    """The host's kernel and KVM, as far as a VM meets them; no costs. Defaults: a stock host."""
+
+    pebs: str = "ept-friendly"
+    """What a PEBS record write that meets an EPT violation does: ``ept-friendly`` (Ice Lake on: taken after the
+    fault), ``legacy`` (before: kills the VM); or ``shared``: all guests' records in one buffer, the assumption that the
+    design refutes."""
+    populate: bool = False
+    """Back and pin all memory of each VM before it runs."""
+    thp: str = "never"
+    """Transparent huge pages: ``never`` or ``always``."""
+    ept_levels: int = 4
+    tdp_mmu: bool = True
+    """KVM's TDP MMU (on by default since 5.15): EPT faults share mmu_lock, notifiers take it alone."""
+    pcpus: int = 0
+    """Physical CPUs; 0 = one per vCPU."""
+    sched_slice_ps: int = 3_000 * PS_PER_US
+    """The host scheduler's slice on a pCPU with several vCPUs."""
+    pml: bool = False
+    """Page-modification logging is on."""
+    pml_harvest_ps: int = PS_PER_S
+    """Time between two harvests of the dirty bitmap; 0 = none."""
+    swap_pages_per_s: int = 0
+    """Pages that the host's swap daemon looks at per second and VM; 0 = no swap."""
 
 
 class GuestConfig(Struct, frozen=True):
@@ -42,6 +75,10 @@ class GuestConfig(Struct, frozen=True):
     name: str
     seed: int
     vcpus: int
+    first_vcpu: int
+    """Number of this VM's first vCPU when those of the whole fleet are counted through."""
+    fleet_vcpus: int
+    """vCPUs of the whole fleet."""
     total_pages: int
     fast_pages: int
     slow_pages: int
@@ -59,6 +96,7 @@ class GuestConfig(Struct, frozen=True):
     """Interval of the time series."""
     engine: EngineConfig
     kernel: GuestKernel
+    host: HostKernel
     costs: Costs
     log_path: str
     """File to which the guest appends its log lines; empty = none."""
@@ -73,6 +111,7 @@ class HostConfig(Struct, frozen=True):
     engine: EngineConfig
     sample_ps: int
     """Interval of the time series in virtual time."""
+    kernel: HostKernel = HostKernel()
     hang_timeout_s: float = 60.0
     """Wall time for which a guest may leave the barrier waiting without a word; then it is taken for hung."""
     endpoint: str = "ipc"

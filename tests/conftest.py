@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from fleet import hosts, numba_cache
 from fleet.experiment import Experiment, Tenant
 from fleet.outcome import FleetResult, Outcome, Sample
-from proto.config import EngineConfig, GuestConfig, GuestKernel
+from proto.config import EngineConfig, GuestConfig, GuestKernel, HostKernel
 from proto.costs import Costs
 from proto.counters import C, new_counters
 from proto.units import PAGE_SIZE, PS_PER_MS, PS_PER_S
@@ -66,6 +66,7 @@ def experiment(costs: Costs) -> Experiment:
         clock="virtual",
         host=hosts.DEFAULT_PROFILE,
         host_overrides={},
+        host_kernel=HostKernel(),
         costs=costs,
         scale=Fraction(1),
         engine=EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=2048),

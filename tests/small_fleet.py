@@ -9,7 +9,7 @@ from guestd.guest import Guest
 from guestd.mm.nodes import F_ACTIVE, F_BUSY, F_LRU, NO_PAGE, Nodes
 from guestd.tiering.registry import policies
 from proto.arrays import Words
-from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, Scalar
+from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, HostKernel, Scalar
 from proto.costs import Costs
 from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.units import PS_PER_MS
@@ -32,6 +32,8 @@ def small_guest(costs: Costs, policy: str = "none", *, params: dict[str, Scalar]
         name=f"vm{vm}",
         seed=seed,
         vcpus=vcpus,
+        first_vcpu=vm * vcpus,
+        fleet_vcpus=(vm + 1) * vcpus,
         total_pages=pages,
         fast_pages=fast,
         slow_pages=pages - fast,
@@ -52,6 +54,7 @@ def small_guest(costs: Costs, policy: str = "none", *, params: dict[str, Scalar]
             ds_prefault=True,
             batched_unmap_flush=batched_unmap_flush,
         ),
+        host=HostKernel(),
         costs=costs,
         log_path="",
         events_path="",

@@ -17,8 +17,9 @@ from fleet import hosts
 from fleet.errors import FleetError, SpecError
 from fleet.experiment import Experiment
 from fleet.spec import GROUP_KEYS, RUN_KEYS, Registries, load
-from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS
+from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS, host_kernel
 from guestd.params import Param
+from proto.config import HostKernel
 from proto.errors import ProtoError, TraceError
 from proto.trace import Trace, TraceMeta, write_trace
 from proto.units import PS_PER_MS, PS_PER_S, PS_PER_US
@@ -86,6 +87,22 @@ def test_without_anything_the_defaults_make_an_experiment() -> None:
     host = experiment.host_config()
     assert (host.costs, host.engine, host.sample_ps) == (guest.costs, guest.engine, guest.sample_ps)
     assert host.hang_timeout_s == 60.0
+    assert (
+        host.kernel == guest.host == HostKernel() == host_kernel({param.name: param.default for param in HOST_PARAMS})
+    )
+
+
+def test_host_parameters_stand_beside_the_costs() -> None:
+    experiment = make("host.pebs=legacy", "host.populate=yes", "host.pml_harvest=2s", "host.invept=600ns")
+    (guest,) = experiment.guests()
+    kernel = experiment.host_config().kernel
+    assert guest.host == kernel == HostKernel(pebs="legacy", populate=True, pml_harvest_ps=2 * PS_PER_S)
+    assert guest.costs.invept_ps == 600_000
+
+
+def test_vcpus_are_counted_through_the_fleet(tmp_path: Path) -> None:
+    path = spec_file(tmp_path, "[[group]]\nvms = 2\nvcpus = 3\n[[group]]\nvcpus = 4\n")
+    assert [(guest.first_vcpu, guest.fleet_vcpus) for guest in make(path=path).guests()] == [(0, 10), (3, 10), (6, 10)]
 
 
 def test_flags_and_settings_reach_every_guest() -> None:
@@ -223,6 +240,9 @@ def test_a_flag_that_repeats_the_files_policy_keeps_what_its_groups_set(tmp_path
         ({}, ("workload.share=2",), "at most 1"),
         ({}, ("workload.share=nan",), "must be a number"),
         ({}, ("host.invpet=1us",), "did you mean 'invept'"),
+        ({}, ("host.popolate=1",), "did you mean 'populate'"),
+        ({}, ("host.pebs=legcy",), "did you mean 'legacy'"),
+        ({}, ("host.ept_levels=3",), "at least 4"),
         ({}, ("guest.hertz=100",), "no guest parameter 'hertz'; did you mean 'hz'"),
         ({}, ("engine.quantm=5ms",), "did you mean 'quantum'"),
         ({}, ("engine.quantum=500us",), "engine.slice (1000us) is longer"),
@@ -347,7 +367,14 @@ def test_a_resolved_spec_written_and_read_is_the_same_experiment(
         tenant["memory"] = f"{4 * int(str(tenant['memory']).removesuffix('MiB'))}MiB"
     path = tmp_path / "drawn.toml"
     path.write_text("".join("[[group]]\n" + _toml(tenant) for tenant in tenants))
-    experiment = make(f"host.invept={invept}ps", f"engine.block={block}", path=path, seed=seed, name=name, scale=scale)
+    extra = (
+        f"host.pml_harvest={block}",
+        f"host.sched_slice={block + 100}",
+        f"host.thp={('never', 'always')[block % 2]}",
+    )
+    experiment = make(
+        f"host.invept={invept}ps", f"engine.block={block}", *extra, path=path, seed=seed, name=name, scale=scale
+    )
     again = make(path=spec_file(tmp_path, experiment.to_toml()))
     assert again == experiment
     assert again.guests() == experiment.guests()
@@ -372,6 +399,8 @@ def test_the_digest_says_what_is_run_and_nothing_else(tmp_path: Path) -> None:
         make(seed=2),
         make(vms=2),
         make("host.invept=501ns"),
+        make("host.pebs=legacy"),
+        make("guest.thp=always"),
         make("workload.share=0.25"),
         make(scale="1/2"),
     ):
@@ -388,7 +417,7 @@ def test_the_digest_says_what_is_run_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_the_declared_parameters_have_defaults_within_their_own_bounds() -> None:
-    for param in (*ENGINE_PARAMS, *GUEST_PARAMS):
+    for param in (*ENGINE_PARAMS, *GUEST_PARAMS, *HOST_PARAMS):
         assert param.source
         if not isinstance(param.default, bool | str):
             assert param.minimum is not None
@@ -404,6 +433,7 @@ odd = st.one_of(
 )  # fmt: skip
 KEYS = [*RUN_KEYS, *GROUP_KEYS, "set", "group", "costs"]
 SETTINGS = ["policy.scan_period", "policy.batch", "workload.layout", "workload.share", "host.invept", "host.fast.curve",
+            "host.pebs", "host.populate", "host.pml_harvest", "guest.thp", "guest.page_table_levels",
             "host.slow.granule_bytes", "guest.hz", "guest.ds_prefault", "engine.slice", "engine.block"]  # fmt: skip
 
 

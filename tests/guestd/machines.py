@@ -13,7 +13,7 @@ from guestd.pebs import new_ds_area
 from guestd.tiering.policy import Sampling
 from guestd.vcpu import LENGTH, POSITION, new_vcpus
 from guestd.walk import PRICES
-from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, Scalar
+from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, HostKernel, Scalar
 from proto.costs import Costs
 from proto.counters import new_counters
 from proto.entry import FRAME_SHIFT, PRESENT, WRITABLE, owner_stamp
@@ -104,6 +104,8 @@ def guest_config(
         name="vm0",
         seed=11,
         vcpus=1,
+        first_vcpu=0,
+        fleet_vcpus=1,
         total_pages=total_pages,
         fast_pages=fast_pages,
         slow_pages=total_pages - fast_pages,
@@ -118,11 +120,13 @@ def guest_config(
         engine=EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=2048),
         kernel=GuestKernel(hz=250, sched_slice_ps=8 * PS_PER_MS, single_page_flush_ceiling=33, ds_pages=16,
                            ds_prefault=True, batched_unmap_flush=False),
+        host=HostKernel(),
         costs=costs,
         log_path="",
         events_path="",
     )  # fmt: skip
-    return msgspec.structs.replace(config, **changes)
+    config = msgspec.structs.replace(config, **changes)
+    return msgspec.structs.replace(config, fleet_vcpus=config.first_vcpu + config.vcpus)
 
 
 def start_fleet(config: GuestConfig, make_guest: Callable[..., Guest] = Guest) -> InProcessFleet:
