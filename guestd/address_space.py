@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from guestd.errors import GuestError
-from proto.arrays import Words
+from proto.arrays import Ints, Words
 from proto.entry import MAX_PAGES
 from proto.units import PAGE_SHIFT, TABLE_PAGES, TABLE_SHIFT
 
@@ -71,6 +71,24 @@ class AddressSpace:
     def first_page(self, name: str) -> int:
         """Dense index of the first page of a VMA; its pages follow consecutively."""
         return int(self.page_of(next(vma.start for vma in self.vmas if vma.name == name)))
+
+    def upper_entries(self, levels: int) -> tuple[Words, Ints]:
+        """The page-table entries above the leaves, all absent, and the number of the entry that maps each one's table.
+
+        int64[u] and int32[u]. In order: one PDE a leaf table, PDPTEs, PML4Es, with five ``levels`` PML5Es, CR3 (its own
+        parent).
+        """
+        parents: list[Words] = []
+        spans, below = self.table_gva >> (PAGE_SHIFT + TABLE_SHIFT), 0
+        for _ in range(levels - 2):
+            above, which = np.unique(spans >> TABLE_SHIFT, return_inverse=True)
+            below += spans.size
+            parents.append(below + which)
+            spans = above
+        below += spans.size
+        parents += [np.full(spans.size, below), np.array([below])]
+        parent = np.concatenate(parents).astype(np.int32)
+        return np.zeros(parent.size, np.int64), parent
 
     def first_gva(self) -> int:
         """gVA of the lowest mapped byte."""
