@@ -61,7 +61,7 @@ class Experiment:
     host_kernel: HostKernel
     costs: Costs
     scale: Fraction
-    """Factor on every memory size and transaction count."""
+    """Factor on every memory size, the LLC's too, and on transaction counts."""
     engine: EngineConfig
     sample_ps: int
     hang_timeout_s: float
@@ -83,7 +83,7 @@ class Experiment:
     def host_config(self, log_path: Path | str = "") -> HostConfig:
         """What the host process needs to know."""
         return HostConfig(
-            costs=self.costs,
+            costs=msgspec.structs.replace(self.costs, llc_bytes=max(1, int(self.costs.llc_bytes * self.scale))),
             engine=self.engine,
             sample_ps=self.sample_ps,
             kernel=self.host_kernel,

@@ -76,6 +76,8 @@ class Access(Struct):
     fast: int
     slow: int
     fast_ratio: float
+    llc_hits: int
+    llc_hit_ratio: float
     tlb_miss_ratio: float
     walk_ns_mean: float
     latency_ns: Latency | UnsetType = UNSET

@@ -1,10 +1,11 @@
 """The vCPU engine: runs the accesses of all vCPUs of a guest up to a virtual time.
 
 One access: TLB lookup; on a miss (or a first write through a clean entry) a walk that sets A and D bits in GPT and EPT
-and fills the TLB; then the frame itself, whose content stamp is checked and, on a write, bumped; then its cost. The
-loop is exact and in order; what makes it fast on a large footprint is that each chunk of accesses is first walked
-through by software prefetches in phases (GPT entries, EPT entries, stamps), which change nothing but the caches of the
-machine (architecture 5). vCPUs take turns in slices of fixed virtual time; host operations cut slices at their own
+and fills the TLB; then the frame itself, whose content stamp is checked and, on a write, bumped; then its cost: the
+tier's, or that of the LLC where the workload says that it hits there. The loop is exact and in order; what makes it
+fast on a large footprint is that each chunk of accesses is first walked through by software prefetches in phases (GPT
+entries, EPT entries, stamps), which change nothing but the caches of the machine (architecture 5). vCPUs take turns in
+slices of fixed virtual time; host operations cut slices at their own
 timestamps. The engine returns whenever something outside it must act: accesses to be generated, a fault, a PMI.
 """
 
@@ -229,7 +230,6 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             elsewhere += lost
             ledger[THROTTLE] += lost
             break
-        last_block = a >> 8
         if again != 0:
             retries[position] = 0
             lost = _serve_faults(m, vcpu, position, clock, gpfn)
@@ -244,6 +244,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             latency = walk_ps + llc_ps
             llc_hits += 1
         else:
+            last_block = a >> 8
             budget[0, slow] -= read_bytes[slow, local]
         if write:
             stores += 1

@@ -192,7 +192,9 @@ class Guest:
         machine.budget[:] = np.array(message.bandwidth_budget).reshape(2, 2)
         before = machine.budget.copy()
         used = int((self.nodes.managed - self.nodes.free_count).sum())
-        price_walks(machine.price, self.config.costs, used, message.llc_bytes, machine.latency_ps)
+        self.workload.set_llc(
+            price_walks(machine.price, self.config.costs, used, message.llc_bytes, machine.latency_ps)
+        )
         operations = np.frombuffer(message.operations, OPERATION)
         while self.now < until and not self.finished:
             target = min(until, self._timers[0][0] if self._timers else FOREVER)

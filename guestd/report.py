@@ -81,6 +81,7 @@ def build_report(guest: Guest) -> dict[str, Any]:
         "access": {
             **{key: value for key, value in access.items() if key != "walk_ps"},
             "fast_ratio": access["fast"] / max(1, total),
+            "llc_hit_ratio": access["llc_hits"] / max(1, total),
             "tlb_miss_ratio": access["tlb_misses"] / max(1, total),
             "walk_ns_mean": access["walk_ps"] / PS_PER_NS / max(1, access["walks"]),
             "latency_ns": percentiles_ns(machine.vcpus.histogram.sum(axis=0)),

@@ -17,7 +17,7 @@ class C(IntEnum):
     access__fast = auto()
     access__slow = auto()
     access__llc_hits = auto()
-    """Accesses that the LLC served; they count as fast or slow by where their page lies."""
+    """Accesses that the last-level cache served; each is in `fast` or `slow` too, by where its page lies."""
     access__loads = auto()
     access__stores = auto()
     access__tlb_misses = auto()

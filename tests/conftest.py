@@ -142,6 +142,8 @@ def _report(guest: GuestConfig) -> dict[str, Any]:
             "fast": 7_000_000 + 4_000_000 * vm,
             "slow": 13_000_000 - 4_000_000 * vm,
             "fast_ratio": 0.35 + 0.2 * vm,
+            "llc_hits": 2_000_000,
+            "llc_hit_ratio": 0.1,
             "tlb_miss_ratio": 0.8,
             "walk_ns_mean": 42.0,
             "latency_ns": {"p50": 80.0, "p90": 310.0, "p99": 320.0},

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from fleet.in_process import InProcessFleet
 from guestd.guest import Guest
+from guestd.llc import TABLE_BYTES_PER_PAGE
 from guestd.mm.nodes import F_ACTIVE, F_BUSY, F_LRU, NO_PAGE, Nodes
 from guestd.tiering.registry import policies
 from proto.arrays import Words
@@ -17,6 +19,8 @@ from proto.units import PS_PER_MS
 PAGES = 8192
 """32 MiB."""
 FAST_PAGES = PAGES // 5
+LLC_BYTES = TABLE_BYTES_PER_PAGE * PAGES * 7 // 8
+"""The page tables of one populated small guest and nothing else, so that data meets memory."""
 MEASURED = ("measured_s", "measured_cores", "floor_s", "guest_thread_s")
 ENGINE = EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=1024)
 
@@ -63,6 +67,7 @@ def small_guest(costs: Costs, policy: str = "none", *, params: dict[str, Scalar]
 
 def small_host(costs: Costs) -> HostConfig:
     """A host for such guests."""
+    costs = msgspec.structs.replace(costs, llc_bytes=LLC_BYTES)
     return HostConfig(costs=costs, engine=ENGINE, sample_ps=10 * PS_PER_MS)
 
 

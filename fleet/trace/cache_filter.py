@@ -10,11 +10,9 @@ import numpy.typing as npt
 from numba import njit
 
 from fleet.trace.batch import Mask
+from guestd.llc import LINE_SHIFT, WAYS, use_line
 from proto.errors import TraceError
 from proto.units import LINE_SIZE
-
-WAYS = 16
-_LINE_SHIFT = LINE_SIZE.bit_length() - 1
 
 
 class CacheFilter:
@@ -38,23 +36,14 @@ class CacheFilter:
 def _misses(
     tags: npt.NDArray[np.int64], address: npt.NDArray[np.int64], size: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    # Each set holds its lines from most to least recently used.
-    sets, ways = tags.shape
+    sets = tags.shape[0]
     fold = 0
     while 1 << fold < sets:
         fold += 1
     missed = np.zeros(len(address), np.bool_)
     for index in range(len(address)):
-        first = address[index] >> _LINE_SHIFT
-        last = (address[index] + size[index] - 1) >> _LINE_SHIFT
+        first = address[index] >> LINE_SHIFT
+        last = (address[index] + size[index] - 1) >> LINE_SHIFT
         for line in range(first, last + 1):
-            row = tags[(line ^ (line >> fold)) & (sets - 1)]
-            way = 0
-            while way < ways - 1 and row[way] != line:
-                way += 1
-            missed[index] |= row[way] != line
-            while way:
-                row[way] = row[way - 1]
-                way -= 1
-            row[0] = line
+            missed[index] |= not use_line(tags[(line ^ (line >> fold)) & (sets - 1)], line)
     return missed

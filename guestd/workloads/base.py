@@ -23,7 +23,7 @@ class Buffer(NamedTuple):
     address: Words
     """int64[n]: dense byte address."""
     kind: Bytes
-    """uint8[n]: engine.LOAD, STORE or MODIFY."""
+    """uint8[n]: `proto.trace.LOAD`, STORE or MODIFY, with LLC_HIT where the last-level cache serves it."""
     think_ps: Ints
     """int32[n]: compute before the access."""
 
@@ -41,6 +41,10 @@ class Workload:
     def generate(self, vcpu: int, buffer: Buffer) -> int:
         """Fill the buffer with the next accesses of ``vcpu``; returns how many (never 0)."""
         raise NotImplementedError
+
+    def set_llc(self, share_bytes: int) -> None:
+        """Before each quantum: the VM's data has so many bytes of the LLC (guestd/llc.py). What it changes begins with
+        the next block that is generated. Cheap when nothing changed; a workload that ignores it never hits."""
 
     def heat(self) -> Words | None:
         """True heat: int64[pages], proportional to the accesses each page gets; None where it is not known."""

@@ -2,7 +2,8 @@
 
 A share of the updates (9:1) goes to a hot set, the others to the rest. The array is initialised in order, so the hot
 set at its end is touched last and starts in slow memory. Variants: the hot pages scattered over the array, and Zipf.
-Sizes default to the paper's shares of the VM: 14/16 of memory, of which 1/16 is hot.
+Sizes default to the paper's shares of the VM: 14/16 of memory, of which 1/16 is hot. The last-level cache holds the
+hottest lines: those of the hot set, then others; under Zipf those of the first ranks (guestd/llc.py).
 """
 
 from decimal import Decimal, localcontext
@@ -11,13 +12,14 @@ import numpy as np
 
 from guestd.address_space import AddressSpace, mmap_region
 from guestd.jit import kernel
+from guestd.llc import draws_hit, hit_cuts
 from guestd.params import Param, resolve
 from guestd.random import State, next_u64, permutation, streams
 from guestd.workloads.base import MIB, Buffer, Workload, WorkloadType
-from proto.arrays import Words
+from proto.arrays import Bytes, Words
 from proto.config import GuestConfig
-from proto.trace import MODIFY, STORE
-from proto.units import PAGE_SHIFT
+from proto.trace import LLC_HIT, MODIFY, STORE
+from proto.units import LINE_SIZE, PAGE_SHIFT, PAGE_SIZE
 
 PARAMS = (
     Param("footprint", 0.875, "share of memory", "size of the array", "Demeter: 14 of 16 GiB", (), 0.01, 0.97),
@@ -35,17 +37,19 @@ PARAMS = (
 
 _HOT_BITS = 20
 _QUANTILES = 4096
+_LINES = PAGE_SIZE // LINE_SIZE
 
 
 @kernel
 def _hotset(state: State, address: Words, first_page: int, pages: int, hot: int, hot_start: int,
-            hot_cut: int, order: Words) -> None:  # fmt: skip
+            hot_cut: int, order: Words, kind: Bytes, hits: Words) -> None:  # fmt: skip
     cold = pages - hot
     for i in range(address.size):
         r = next_u64(state)
         pick = np.int64(r >> np.uint64(32))
         low = np.int64(r & np.uint64(0xFFFFFFFF))
-        if (low >> 9) & ((1 << _HOT_BITS) - 1) < hot_cut:
+        is_hot = (low >> 9) & ((1 << _HOT_BITS) - 1) < hot_cut
+        if is_hot:
             page = hot_start + ((pick * hot) >> 32)
         else:
             page = (pick * cold) >> 32
@@ -54,11 +58,12 @@ def _hotset(state: State, address: Words, first_page: int, pages: int, hot: int,
         if order.size > 0:
             page = order[page]
         address[i] = ((first_page + page) << PAGE_SHIFT) | ((low & 511) << 3)
+        kind[i] = MODIFY | LLC_HIT if draws_hit(r, hits[0] if is_hot else hits[1]) else MODIFY
 
 
 @kernel
 def _quantiles(state: State, address: Words, first_page: int, bounds: Words,
-               order: Words) -> None:  # fmt: skip
+               order: Words, kind: Bytes, hits: Words) -> None:  # fmt: skip
     for i in range(address.size):
         r = next_u64(state)
         pick = np.int64(r >> np.uint64(32))
@@ -67,6 +72,7 @@ def _quantiles(state: State, address: Words, first_page: int, bounds: Words,
         start = bounds[which]
         rank = start + (((pick & 0xFFFFF) * max(1, bounds[which + 1] - start)) >> 20)
         address[i] = ((first_page + order[rank]) << PAGE_SHIFT) | ((low & 511) << 3)
+        kind[i] = MODIFY | LLC_HIT if draws_hit(r, hits[which]) else MODIFY
 
 
 @kernel
@@ -114,6 +120,10 @@ class Gups(Workload):
         self.first_page = self.space.first_page("array")
         self.states = streams(config.seed, config.vcpus)
         self.cursor = np.zeros(1, np.int64)
+        self.llc_bytes = -1
+        self.hits = np.zeros(2 if self.bounds is None else _QUANTILES, np.int64)
+        """`draws_hit` thresholds: hot set and rest, or each quantile."""
+        self.set_llc(0)
         self.think_ps = round(float(params["think_ns"]) * 1000)
 
     def populate(self, vcpu: int, buffer: Buffer) -> int:
@@ -126,13 +136,31 @@ class Gups(Workload):
 
     def generate(self, vcpu: int, buffer: Buffer) -> int:
         if self.bounds is not None:
-            _quantiles(self.states[vcpu], buffer.address, self.first_page, self.bounds, self.order)
+            _quantiles(self.states[vcpu], buffer.address, self.first_page, self.bounds, self.order,
+                       buffer.kind, self.hits)  # fmt: skip
         else:
             _hotset(self.states[vcpu], buffer.address, self.first_page, self.pages, self.hot, self.hot_start,
-                    self.hot_cut, self.order)  # fmt: skip
-        buffer.kind[:] = MODIFY
+                    self.hot_cut, self.order, buffer.kind, self.hits)  # fmt: skip
         buffer.think_ps[:] = self.think_ps
         return buffer.address.size
+
+    def set_llc(self, share_bytes: int) -> None:
+        if share_bytes == self.llc_bytes:
+            return
+        self.llc_bytes = share_bytes
+        before, size = self._classes()
+        self.hits = hit_cuts(share_bytes, before * _LINES, size * _LINES)
+
+    def _classes(self) -> tuple[Words, Words]:
+        """Classes of equally hot pages: how many are hotter, and how many there are (int64[classes] each)."""
+        if self.bounds is not None:
+            return self.bounds[:-1], np.maximum(np.diff(self.bounds), 1)
+        cold = self.pages - self.hot
+        if self.distribution == "uniform":
+            return np.zeros(2, np.int64), np.full(2, self.pages)
+        hot_first = self.hot_cut * cold >= ((1 << _HOT_BITS) - self.hot_cut) * self.hot
+        before = (0, self.hot) if hot_first else (cold, 0)
+        return np.array(before, np.int64), np.array((self.hot, cold), np.int64)
 
     def heat(self) -> Words | None:
         heat = np.zeros(self.space.pages, np.int64)

@@ -1,4 +1,7 @@
-"""A sequential scan: every vCPU reads its share of an array line by line, over and over."""
+"""A sequential scan: every vCPU reads its share of an array line by line, over and over.
+
+The last-level cache serves it if all of the array fits the VM's share, and none of it otherwise.
+"""
 
 from itertools import pairwise
 
@@ -10,7 +13,7 @@ from guestd.params import Param, resolve
 from guestd.workloads.base import MIB, Buffer, Workload, WorkloadType
 from proto.arrays import Bytes, Words
 from proto.config import GuestConfig
-from proto.trace import LOAD, STORE
+from proto.trace import LLC_HIT, LOAD, STORE
 from proto.units import LINE_SIZE, PAGE_SHIFT, PAGE_SIZE
 
 PARAMS = (
@@ -23,11 +26,11 @@ PARAMS = (
 
 @kernel
 def _lines(address: Words, kind: Bytes, cursor: Words, start: int,
-           lines: int, write_every: int) -> None:  # fmt: skip
+           lines: int, write_every: int, hit: int) -> None:  # fmt: skip
     line = cursor[0]
     for i in range(address.size):
         address[i] = start + line * LINE_SIZE
-        kind[i] = STORE if write_every > 0 and line % write_every == 0 else LOAD
+        kind[i] = hit | (STORE if write_every > 0 and line % write_every == 0 else LOAD)
         line += 1
         if line == lines:
             line = 0
@@ -49,6 +52,7 @@ class Scan(Workload):
         self.shares = list(pairwise(edges))
         self.cursor = np.zeros((config.vcpus, 1), np.int64)
         self.touched = [start for start, _ in self.shares]
+        self.hit = 0
 
     def populate(self, vcpu: int, buffer: Buffer) -> int:
         start, end = self.touched[vcpu], self.shares[vcpu][1]
@@ -62,9 +66,13 @@ class Scan(Workload):
     def generate(self, vcpu: int, buffer: Buffer) -> int:
         start, end = self.shares[vcpu]
         _lines(buffer.address, buffer.kind, self.cursor[vcpu], (self.first_page + start) << PAGE_SHIFT,
-               (end - start) * (PAGE_SIZE // LINE_SIZE), self.write_every)  # fmt: skip
+               (end - start) * (PAGE_SIZE // LINE_SIZE), self.write_every, self.hit)  # fmt: skip
         buffer.think_ps[:] = self.think_ps
         return buffer.address.size
+
+    def set_llc(self, share_bytes: int) -> None:
+        # LRU holds all of a loop that fits, and has evicted each line of a longer one before it comes round again.
+        self.hit = LLC_HIT if self.pages * PAGE_SIZE <= share_bytes else 0
 
     def heat(self) -> Words | None:
         heat = np.zeros(self.space.pages, np.int64)

@@ -2,7 +2,8 @@
 
 The trace repeats until the run ends. With several vCPUs each replays the whole trace from its own starting point, an
 equal part further on, in the one address space that they share. There is no populate phase: first touch is the
-program's own. A reference that crosses a page boundary becomes one access per page.
+program's own. A reference that crosses a page boundary becomes one access per page. Between the program and memory is
+the VM's share of the last-level cache (guestd/llc.py), line by line; all vCPUs go through it in turn, block by block.
 """
 
 from functools import lru_cache
@@ -13,6 +14,7 @@ import numpy as np
 
 from guestd.address_space import AddressSpace, Vma
 from guestd.jit import kernel
+from guestd.llc import LlcFilter
 from guestd.params import Param, resolve
 from guestd.workloads.base import MIB, Buffer, Workload, WorkloadType
 from proto.arrays import Bytes, Ints, Words
@@ -26,6 +28,8 @@ PARAMS = (
     Param("think_ns", -1.0, "ns", "compute per unit between references: instruction, or reference that a cache filter "
           "dropped; -1 = 0.15 per instruction, 0.5 per dropped reference, 1 per recorded ns",
           "estimated: 2 instructions a cycle, 2 cycles per cached reference, at 3 GHz", (), -1.0, 1e6),
+    Param("llc_filter", True, "", "pass references through the VM's share of the LLC; off for a trace that holds only "
+          "what missed an LLC", "modelled: 16-way LRU"),
 )  # fmt: skip
 
 _DEFAULT_THINK_NS = {"instruction": 0.15, "reference": 0.5, "ns": 1.0}
@@ -84,13 +88,20 @@ class TraceReplay(Workload):
         self.replay = _load(str(params["file"]), float(params["think_ns"]))
         self.space = self.replay.space
         self.mlp = float(params["mlp"])
+        self.llc = LlcFilter() if params["llc_filter"] else None
         self.position = [self.replay.address.size * v // config.vcpus for v in range(config.vcpus)]
 
     def generate(self, vcpu: int, buffer: Buffer) -> int:
         replay = self.replay
         self.position[vcpu] = _copy(buffer.address, buffer.kind, buffer.think_ps, replay.address, replay.kind,
                                     replay.think_ps, self.position[vcpu])  # fmt: skip
+        if self.llc:
+            self.llc.mark(buffer.address, buffer.kind)
         return buffer.address.size
+
+    def set_llc(self, share_bytes: int) -> None:
+        if self.llc:
+            self.llc.resize(share_bytes)
 
     def heat(self) -> Words | None:
         return np.bincount(self.replay.address >> PAGE_SHIFT, minlength=self.space.pages).astype(np.int64)

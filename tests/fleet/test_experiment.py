@@ -1,11 +1,12 @@
 """fleet.experiment: seeds and scale."""
 
+import dataclasses
 from fractions import Fraction
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet.experiment import scaled_pages, scaled_transactions, vm_seed
+from fleet.experiment import Experiment, scaled_pages, scaled_transactions, vm_seed
 
 
 def test_seeds_are_those_of_splitmix64() -> None:
@@ -19,6 +20,14 @@ def test_seeds_are_distinct_and_fit_a_signed_word(seed: int) -> None:
     seeds = [vm_seed(seed, vm) for vm in range(100)]
     assert len(set(seeds)) == 100
     assert all(0 <= one < 1 << 63 for one in seeds)
+
+
+def test_scale_applies_to_the_llc_of_the_host_and_not_to_its_profile(experiment: Experiment) -> None:
+    half = dataclasses.replace(experiment, scale=Fraction(1, 3))
+    whole = experiment.costs.llc_bytes
+    assert experiment.host_config().costs.llc_bytes == whole
+    assert half.host_config().costs.llc_bytes == whole // 3
+    assert f"llc_bytes = {whole}" in half.to_toml()
 
 
 def test_scale_applies_to_memory_and_transactions() -> None:

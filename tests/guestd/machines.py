@@ -8,6 +8,7 @@ import numpy as np
 
 from fleet.in_process import InProcessFleet
 from guestd.guest import Guest
+from guestd.llc import TABLE_BYTES_PER_PAGE
 from guestd.machine import Machine, S
 from guestd.pebs import new_ds_area
 from guestd.tiering.policy import Sampling
@@ -48,6 +49,7 @@ def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | N
     state[S.VMEXIT_PS] = costs.vmexit_ps
     state[S.SLICE_PS] = 1000 * PS_PER_NS
     state[S.STLB_HIT_PS] = costs.stlb_hit_ps
+    state[S.LLC_PS] = costs.llc_latency_ps
     price[:] = (5 * PS_PER_NS, 22 * PS_PER_NS, 31 * PS_PER_NS, 23 * PS_PER_NS)
     tables = np.arange(TABLES, dtype=np.int64)
     ds = new_ds_area(vcpus, 1, sampling, costs)
@@ -129,9 +131,16 @@ def guest_config(
     return msgspec.structs.replace(config, fleet_vcpus=config.first_vcpu + config.vcpus)
 
 
-def start_fleet(config: GuestConfig, make_guest: Callable[..., Guest] = Guest) -> InProcessFleet:
-    """One guest with its host, before the first message."""
-    host = HostConfig(costs=config.costs, engine=config.engine, sample_ps=config.sample_ps)
+def start_fleet(
+    config: GuestConfig, make_guest: Callable[..., Guest] = Guest, llc_bytes: int | None = None
+) -> InProcessFleet:
+    """One guest with its host, before the first message.
+
+    ``llc_bytes``: of the host; None = the page tables of a populated GUPS and nothing else, so that data meets memory.
+    """
+    llc_bytes = TABLE_BYTES_PER_PAGE * config.total_pages * 7 // 8 if llc_bytes is None else llc_bytes
+    costs = msgspec.structs.replace(config.costs, llc_bytes=llc_bytes)
+    host = HostConfig(costs=costs, engine=config.engine, sample_ps=config.sample_ps)
     return InProcessFleet(host, [config], make_guest)
 
 
@@ -145,8 +154,10 @@ def running_guest(config: GuestConfig) -> Guest:
     return guest
 
 
-def run_guest(config: GuestConfig, make_guest: Callable[..., Guest] = Guest) -> tuple[Guest, dict[str, Any]]:
+def run_guest(
+    config: GuestConfig, make_guest: Callable[..., Guest] = Guest, llc_bytes: int | None = None
+) -> tuple[Guest, dict[str, Any]]:
     """Run one guest with its host to the end: the guest as it was left, and its report."""
-    fleet = start_fleet(config, make_guest)
+    fleet = start_fleet(config, make_guest, llc_bytes)
     guest = fleet.guests[config.vm]
     return guest, fleet.run().reports[config.vm]

@@ -32,7 +32,7 @@ from proto.entry import (
     YOUNG,
 )
 from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP
-from proto.trace import LOAD, STORE
+from proto.trace import LLC_HIT, LOAD, STORE
 
 Value = TypeVar("Value")
 
@@ -167,6 +167,7 @@ class Reference:
         self.vmexit_ps = int(state[S.VMEXIT_PS])
         self.slice_ps = int(state[S.SLICE_PS])
         self.hit_ps = int(state[S.STLB_HIT_PS])
+        self.llc_ps = int(state[S.LLC_PS])
         self.now = int(state[S.NOW])
         self.end_ps = 0
         self.left = int(state[S.LEFT])
@@ -237,19 +238,21 @@ class Reference:
     def _access(self, cpu: ReferenceVcpu) -> int:
         """The next access of ``cpu``'s queue; REACHED, or why it (or the next) can't be made."""
         access = cpu.queue[0]
-        page, write = access.address >> 12, access.kind != LOAD
+        hit, kind = access.kind >= LLC_HIT, access.kind % LLC_HIT
+        page, write = access.address >> 12, kind != LOAD
         translated = self._translate(cpu, page, write)
         if translated is None:
             return FAULT
         slot, walk_ps = translated
         slow = int(slot >= self.slow_frames)
         local = int(access.address // 256 == cpu.last_block)
-        if self.budget[0][slow] <= 0 or (write and self.budget[1][slow] <= 0):
+        if not hit and (self.budget[0][slow] <= 0 or (write and self.budget[1][slow] <= 0)):
             self.counters["time__throttle_ps"] += self.end_ps - cpu.clock
             cpu.clock = self.end_ps
             return REACHED
         del cpu.queue[0]
-        cpu.last_block = access.address // 256
+        if not hit:
+            cpu.last_block = access.address // 256
         cpu.clock += access.fault_ps
         if access.exit_ps:
             cpu.exit = (cpu.clock, cpu.clock + access.exit_ps)
@@ -258,11 +261,12 @@ class Reference:
         version = self.gpt[page] >> ENTRY_VERSION_SHIFT & STAMP_VERSION_MASK
         stamp = self.stamps[slot]
         self.counters["integrity__mismatches"] += stamp != self.owner | page << STAMP_PAGE_SHIFT | version
-        latency = walk_ps + self.latency[slow][local]
+        latency = walk_ps + (self.llc_ps if hit else self.latency[slow][local])
         cost = latency * self.mlp // 256
-        self.budget[0][slow] -= self.read_bytes[slow][local]
+        if not hit:
+            self.budget[0][slow] -= self.read_bytes[slow][local]
+            self.budget[1][slow] -= self.write_bytes[slow][local] if write else 0
         if write:
-            self.budget[1][slow] -= self.write_bytes[slow][local]
             next_version = (version + 1) % (1 << VERSION_BITS)
             self.gpt[page] += (next_version - version) << ENTRY_VERSION_SHIFT
             old = stamp & STAMP_VERSION_MASK
@@ -273,7 +277,8 @@ class Reference:
         for name, amount in (
             ("access__total", 1),
             ("access__slow" if slow else "access__fast", 1),
-            ("access__loads", access.kind != STORE),
+            ("access__llc_hits", hit),
+            ("access__loads", kind != STORE),
             ("access__stores", write),
             ("access__think_ps", access.think_ps),
             ("access__stall_ps", cost),
@@ -281,7 +286,7 @@ class Reference:
         ):
             self.counters[name] += int(amount)
         gva = self.table_gva[page // 512] + access.address % (512 * 4096)
-        return self._sample(cpu, access.kind, gva, slow, latency)
+        return self._sample(cpu, kind, gva, slow, latency)
 
     def _sample(self, cpu: ReferenceVcpu, kind: int, gva: int, slow: int, latency: int) -> int:
         params = self.params

@@ -31,7 +31,7 @@ from proto.entry import (
     WRITABLE,
 )
 from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP, OPERATION
-from proto.trace import LOAD, MODIFY, STORE
+from proto.trace import LLC_HIT, LOAD, MODIFY, STORE
 from proto.units import PS_PER_S
 from tests.guestd.machines import GPA_PAGES, SLOTS, TABLES, bare_machine, guest_config, run_guest, small_costs
 from tests.guestd.reference import Access, Reference
@@ -108,11 +108,11 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 def accesses(data: bytes) -> list[Access]:
-    """Three bytes an access; every ninth or so meets a fault before it, or an exit."""
+    """Three bytes an access; every ninth or so meets a fault before it, or an exit; every fifth hits the LLC."""
     found = []
     for page, where, extra in zip(data[::3], data[1::3], data[2::3], strict=False):
         address = PAGES[page % len(PAGES)] << 12 | (where >> 2) << 6
-        kind = (LOAD, STORE, MODIFY, LOAD)[where & 3]
+        kind = (LOAD, STORE, MODIFY, LOAD)[where & 3] | (LLC_HIT if extra % 5 == 3 else 0)
         fault_ps = 1_500_000 if extra % 9 == 1 else 0
         found.append(Access(address, kind, extra * 100, fault_ps, 2_500_000 if extra % 9 == 2 else 0))
     return found
@@ -328,9 +328,9 @@ def test_latency_of_a_working_set_in_fast_memory_is_the_hand_computed_one(costs:
     fast = msgspec.structs.replace(costs.fast, curve=((0, 1000), (1000, 1000)))
     costs = msgspec.structs.replace(costs, fast=fast, context_switch_ps=0)
     guest, report = run_guest(
-        guest_config(costs, workload_params=params, fast_pages=2048, transactions=100_000, run_ps=0)
+        guest_config(costs, workload_params=params, fast_pages=2048, transactions=100_000, run_ps=0), llc_bytes=1
     )
-    assert report["access"]["slow"] == 0
+    assert report["access"]["slow"] == report["access"]["llc_hits"] == 0
     each = 2_000 + (costs.stlb_hit_ps + fast.latency_random_ps) // 4
     local = 2_000 + (costs.stlb_hit_ps + fast.latency_local_ps) // 4
     assert each == local

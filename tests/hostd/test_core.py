@@ -17,7 +17,7 @@ from proto.counters import COUNTERS, C, new_counters, split
 from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.messages import Advance, Bye, EptFault, Failed, Hello, Mapped, Stop, Tick, ToGuest, ToHost, Welcome
 from proto.units import PS_PER_MS, PS_PER_S
-from tests.small_fleet import ENGINE, small_guest, small_host
+from tests.small_fleet import ENGINE, LLC_BYTES, small_guest, small_host
 
 PAGES = 512
 QUANTUM = ENGINE.quantum_ps
@@ -107,7 +107,7 @@ def test_the_llc_is_shared_by_vcpus_of_the_vms_that_run(costs: Costs) -> None:
     quantum_ms = QUANTUM // PS_PER_MS
     made = Fleet([small_guest(costs, vm=vm, vcpus=vcpus, start_ms=start, pages=PAGES, fast=128)
                   for vm, (vcpus, start) in enumerate([(3, 0), (1, 0), (4, quantum_ms)])])  # fmt: skip
-    whole = costs.llc_bytes
+    whole = LLC_BYTES
     # VM 2 has not booted in the first quantum; VM 0 leaves after the second.
     assert llc_shares(made.all_hello()) == {0: whole * 3 // 4, 1: whole // 4, 2: 0}
     sent = [made.core.receive(vm, tick(QUANTUM)) for vm in range(3)][-1]

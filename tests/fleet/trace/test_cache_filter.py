@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleet.trace.cache_filter import WAYS, CacheFilter
+from fleet.trace.cache_filter import CacheFilter
+from guestd.llc import WAYS
 from proto.errors import TraceError
 
 

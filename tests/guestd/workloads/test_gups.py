@@ -13,7 +13,7 @@ from guestd.workloads.gups import Gups, zipf_bounds
 from proto.arrays import Words
 from proto.config import Scalar
 from proto.costs import Costs
-from proto.trace import MODIFY, STORE
+from proto.trace import LLC_HIT, MODIFY, STORE
 from tests.guestd.machines import guest_config
 
 ACCESSES = 200_000
@@ -74,6 +74,68 @@ def test_heat_is_what_a_histogram_shows(params: dict[str, Scalar], costs: Costs)
     chi_square = float((((observed - expected)[filled] ** 2) / expected[filled]).sum())
     freedom = int(filled.sum()) - 1
     assert chi_square < freedom + 6 * (2 * max(1, freedom)) ** 0.5 + 6
+
+
+def hit_shares(gups: Gups, share_bytes: int) -> tuple[Words, Words]:
+    """Accesses and hits per page of the array (int64[pages] each) when data has so much of the LLC."""
+    gups.set_llc(share_bytes)
+    block = buffer(ACCESSES)
+    gups.generate(0, block)
+    pages = (block.address >> 12) - gups.first_page
+    assert set(np.unique(block.kind).tolist()) <= {MODIFY, MODIFY | LLC_HIT}
+    return np.bincount(pages, minlength=gups.pages), np.bincount(pages, block.kind == (MODIFY | LLC_HIT), gups.pages)
+
+
+def assert_share(hits: float, accesses: float, share: float) -> None:
+    sigma = (share * (1 - share) * accesses) ** 0.5
+    assert abs(hits - share * accesses) <= 5 * sigma
+
+
+@pytest.mark.parametrize("layout", ["end", "scattered"])
+@pytest.mark.parametrize(
+    ("hot_updates", "fit", "hot_share", "cold_share"),
+    [(0.9, 64, 0.25, 0.0), (0.9, 256, 1.0, 0.0), (0.9, 256 + 332, 1.0, 0.1), (0.0, 332, 0.0, 0.1)],
+)
+def test_the_llc_holds_the_hottest_lines(
+    layout: str, hot_updates: float, fit: int, hot_share: float, cold_share: float, costs: Costs
+) -> None:
+    """``fit``: pages' worth of lines that fit; the hot set has 256 pages, the rest 3328."""
+    gups = make(costs, layout=layout, hot_updates=hot_updates)
+    accesses, hits = hit_shares(gups, fit * 4096)
+    heat = gups.heat()
+    assert heat is not None
+    warm = heat[gups.first_page : gups.first_page + gups.pages]
+    hot = warm == (warm.max() if hot_updates else 0)
+    assert hot.sum() == 256
+    assert_share(hits[hot].sum(), accesses[hot].sum(), hot_share)
+    assert_share(hits[~hot].sum(), accesses[~hot].sum(), cold_share if hot_updates else fit / 3328)
+
+
+def test_zipf_ranks_that_fit_always_hit_and_the_others_never(costs: Costs) -> None:
+    gups = make(costs, distribution="zipf")
+    fit = 100
+    accesses, hits = hit_shares(gups, fit * 4096)
+    assert (hits[gups.order[:90]] == accesses[gups.order[:90]]).all()
+    assert not hits[gups.order[110:]].any(), "but for the quantile at the border, which is equally hot all over"
+    # Hits are what the truth says that the hottest pages get.
+    heat = gups.heat()
+    assert heat is not None
+    weights = np.sort(heat)[::-1]
+    assert_share(hits.sum(), ACCESSES, float(weights[:fit].sum() / weights.sum()))
+
+
+def test_the_llc_changes_no_address_and_populating_never_hits(costs: Costs) -> None:
+    blocks = []
+    for share in (0, 1 << 20, 1 << 40):
+        gups = make(costs)
+        gups.set_llc(share)
+        first = buffer(512)
+        gups.populate(0, first)
+        assert (first.kind == STORE).all()
+        gups.generate(0, block := buffer(1000))
+        blocks.append(block)
+    assert (blocks[0].address == blocks[1].address).all() and (blocks[0].address == blocks[2].address).all()
+    assert (blocks[0].kind == MODIFY).all() and (blocks[2].kind == (MODIFY | LLC_HIT)).all()
 
 
 def test_layouts_hold_the_same_heat(costs: Costs) -> None:

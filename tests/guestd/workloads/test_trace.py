@@ -13,7 +13,7 @@ from guestd.workloads.trace import TraceReplay
 from proto.config import Scalar
 from proto.costs import Costs
 from proto.errors import TraceError
-from proto.trace import LOAD, MODIFY, STORE, Trace, TraceMeta, touched_pages, write_trace
+from proto.trace import LLC_HIT, LOAD, MODIFY, STORE, Trace, TraceMeta, touched_pages, write_trace
 from tests.guestd.machines import guest_config, run_guest
 
 HEAP, STACK = 0x5555_5577_0000, 0x7FFF_FFFD_E000
@@ -137,6 +137,29 @@ def test_a_run_touches_exactly_the_pages_of_the_trace(vcpus: int, tmp_path: Path
     assert report["integrity"]["mismatches"] == 0
     assert report["integrity"]["pages_checked"] == len(touched_pages(trace))
     assert report["transactions"] > 3 * 3000, "it repeats until the run ends"
+
+
+@pytest.mark.parametrize("llc_filter", [True, False])
+def test_references_go_through_the_vms_share_of_the_llc(llc_filter: bool, tmp_path: Path, costs: Costs) -> None:
+    """A loop of 100 lines: in a cache of 160 all but the first round hits; without a filter nothing does."""
+    trace = trace_of([(HEAP + 64 * line, STORE, 8, 0) for line in range(100)])
+    workload = replay(costs, tmp_path / "t.trace", trace, vcpus=2, llc_filter=llc_filter)
+    workload.set_llc(100 * 1024)
+    kinds = np.concatenate([generate(workload, 0, 150).kind, generate(workload, 1, 50).kind])
+    assert kinds.tolist() == [STORE] * 100 + [STORE | LLC_HIT if llc_filter else STORE] * 100
+    workload.set_llc(0)
+    assert set(generate(workload, 0, 100).kind.tolist()) == {STORE}
+
+
+def test_a_replay_that_fits_the_llc_meets_memory_once(tmp_path: Path, costs: Costs) -> None:
+    trace = trace_of([(HEAP + 4096 * page, LOAD, 8, 10) for page in range(600)])
+    path = tmp_path / "t.trace"
+    write_trace(path, trace)
+    config = guest_config(costs, workload="trace", workload_params={"file": str(path)}, vcpus=2)
+    _, report = run_guest(config, llc_bytes=1 << 30)
+    assert report["access"]["total"] - report["access"]["llc_hits"] == 600
+    _, report = run_guest(config, llc_bytes=1)
+    assert report["access"]["llc_hits"] == 0
 
 
 def test_no_trace_is_an_error_that_names_the_file(tmp_path: Path, costs: Costs) -> None:
