@@ -49,7 +49,7 @@ def _drop_contexts(tags: Ints, end: int, chosen: int, used: int) -> None:
                 tags[i] = 0
 
 
-@inline
+@kernel
 def drop_combined(vcpus: Vcpus, vcpu: int, geometry: WalkGeometry, chosen: int) -> None:
     """Drop every combined mapping of the ``chosen`` contexts."""
     used = select(vcpus.context[vcpu], ANY, ANY, ANY)
@@ -70,7 +70,7 @@ def _drop_tag(tags: Ints, number: int, mask: int, stride: int, key: int) -> None
         tags[slot] = 0
 
 
-@inline
+@kernel
 def drop_address(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, page: int, chosen: int) -> None:
     """Drop the TLB entries, of either size, that translate ``page`` in the ``chosen`` contexts."""
     table = page >> TABLE_SHIFT
@@ -83,7 +83,7 @@ def drop_address(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, page: int, chosen: i
             _drop_tag(vcpus.stlb_tag[vcpu], table, tlb.stlb_mask, tlb.stlb_stride, large)
 
 
-@inline
+@kernel
 def _drop_way_up(vcpus: Vcpus, vcpu: int, geometry: WalkGeometry, tables: PageTables, page: int, chosen: int) -> None:
     """Drop the paging-structure-cache entries on the way to ``page`` in the ``chosen`` contexts."""
     number = page >> TABLE_SHIFT
@@ -106,7 +106,7 @@ def _current(vcpus: Vcpus, vcpu: int, pcid: int) -> int:
     return select(vcpus.context[vcpu], ANY, now[1], pcid)
 
 
-@inline
+@kernel
 def invlpg(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, page: int) -> None:
     """INVLPG: the page in the current PCID and global; paging-structure caches of the current PCID, whatever address."""
     pcid = vcpus.context[vcpu, vcpus.field[vcpu, CONTEXT], 2]
@@ -119,14 +119,14 @@ def invlpg(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, pa
         _drop_contexts(vcpus.walk_tag[vcpu], geometry.guest_slots, own, select(vcpus.context[vcpu], ANY, ANY, ANY))
 
 
-@inline
+@kernel
 def mov_cr3(vcpus: Vcpus, vcpu: int, geometry: WalkGeometry) -> None:
     """MOV to CR3 with bit 63 clear: all of the current PCID but global pages."""
     pcid = vcpus.context[vcpu, vcpus.field[vcpu, CONTEXT], 2]
     drop_combined(vcpus, vcpu, geometry, _current(vcpus, vcpu, pcid))
 
 
-@inline
+@kernel
 def invpcid(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, tables: PageTables, kind: int,
             pcid: int, page: int) -> None:  # fmt: skip
     """INVPCID of type ``kind``: 0 a page of a PCID, 1 all of a PCID, 2 everything with global pages, 3 without."""
@@ -142,7 +142,7 @@ def invpcid(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, t
         drop_combined(vcpus, vcpu, geometry, _current(vcpus, vcpu, ANY) & ~_current(vcpus, vcpu, GLOBAL))
 
 
-@inline
+@kernel
 def invvpid(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, tables: PageTables, kind: int,
             vpid: int, page: int) -> None:  # fmt: skip
     """INVVPID of type ``kind``: 0 an address of a VPID, 1 all of a VPID, 2 of every VPID, 3 of a VPID but global pages."""
@@ -159,7 +159,7 @@ def invvpid(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, t
         drop_combined(vcpus, vcpu, geometry, select(context, ANY, vpid, ANY) & ~select(context, ANY, vpid, GLOBAL))
 
 
-@inline
+@kernel
 def invept(vcpus: Vcpus, vcpu: int, geometry: WalkGeometry, eptp: int) -> None:
     """INVEPT: guest-physical and combined mappings of one EPTP (single-context), or with ANY of all (global)."""
     drop_combined(vcpus, vcpu, geometry, select(vcpus.context[vcpu], eptp, ANY, ANY))

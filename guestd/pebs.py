@@ -146,6 +146,7 @@ def sample(
         if field[STORE_COUNT] >= params[P_STORE_PERIOD]:
             field[STORE_COUNT] = 0
             written += 1
+            tsc += (written - 1) * params[P_RECORD_PS]
             if write_record(ds, ept, field, vcpu, EVENT_STORE, tsc, gva, slow, latency_ps, counters):
                 pmi = 1
     return (written << 1) | pmi
