@@ -97,8 +97,17 @@ class AddressSpace:
 
 def mmap_region(name: str, pages: int, seed: int) -> Vma:
     """A VMA of ``pages`` at the top of the mmap region, at an address drawn from ``seed``."""
-    top = _MMAP_TOP - (_draw(seed, 1) << PAGE_SHIFT)
-    return Vma(name, top - (pages << PAGE_SHIFT), pages)
+    return mmap_regions([(name, pages)], seed)[0]
+
+
+def mmap_regions(sizes: list[tuple[str, int]], seed: int) -> list[Vma]:
+    """VMAs of (name, pages), mapped one after the other: each lies right below the one before, as Linux places them."""
+    start = _MMAP_TOP - (_draw(seed, 1) << PAGE_SHIFT)
+    vmas = []
+    for name, pages in sizes:
+        start -= pages << PAGE_SHIFT
+        vmas.append(Vma(name, start, pages))
+    return vmas
 
 
 def heap_region(name: str, pages: int, seed: int) -> Vma:

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+int64: Any = np.int64
+"""Converts to int64 in a kernel; to a type checker the result is an int like any other."""
 
 _njit = cast(Any, numba.njit)
 # _nrt=False: kernels allocate nothing, and counting references to arrays would cost more than most of the work.
