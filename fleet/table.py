@@ -52,6 +52,8 @@ def print_summary(summary: Mapping[str, Any], console: Console, where: Path | No
         console.print(line, style="dim", highlight=False)
     for line in host_lines(summary.get("host", {})):
         console.print(Text(line))
+    for line in llc_lines(summary["vms"]):
+        console.print(Text(line))
     console.print(Text(_run_line(summary)))
     for line in error_lines(summary["errors"]):
         console.print(Text(line), style="red")
@@ -149,6 +151,15 @@ def host_lines(host: Mapping[str, Any]) -> list[str]:
             f"most, utilisation {100 * tier['utilisation']:.1f} %, loaded latency {tier['loaded_latency_ns']:.0f} ns"
         )
     return lines
+
+
+def llc_lines(vms: Sequence[Vm]) -> list[str]:
+    """What of all accesses the last-level cache served: they meet no tier, wherever their pages lie."""
+    counted = [vm["access"] for vm in vms if vm.get("access", {}).get("total")]
+    if not counted:
+        return []
+    share = sum(access["llc_hits"] for access in counted) / sum(access["total"] for access in counted)
+    return [f"  last-level cache: served {100 * share:.1f} % of accesses"]
 
 
 def _run_line(summary: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ from guestd.vcpu import (
     HUGE_SEEN,
     IDLE,
     LAST_BLOCK,
+    LAST_WRITTEN,
     LATENCY_BIN_SHIFT,
     LATENCY_BINS,
     LENGTH,
@@ -145,7 +146,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     sampled = m.ds.gpfn.size > 0
 
     clock, start, length = field[CLOCK], field[POSITION], field[LENGTH]
-    last_block, left = field[LAST_BLOCK], state[S.LEFT]
+    last_block, last_written, left = field[LAST_BLOCK], field[LAST_WRITTEN], state[S.LEFT]
     end = min(length, start + left) if left >= 0 else length
     began, position, prefetched = clock, start, start
     thought = elsewhere = 0
@@ -251,7 +252,8 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             gpt[page] = (g & ~ENTRY_VERSION_MASK) | ((g + ENTRY_VERSION_ONE) & ENTRY_VERSION_MASK)
             stamps[frame] = (stamp & ~STAMP_VERSION_MASK) | ((stamp + 1) & STAMP_VERSION_MASK)
             if not cached:
-                budget[1, slow] -= write_bytes[slow, local]
+                budget[1, slow] -= write_bytes[slow, 1 if last_block == last_written else 0]
+                last_written = last_block
             if kind == STORE:
                 plain_stores += 1
         clock += think[position] + ((latency * mlp) >> 8)
@@ -275,6 +277,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     field[CLOCK] = clock
     field[POSITION] = position
     field[LAST_BLOCK] = last_block
+    field[LAST_WRITTEN] = last_written
     if left >= 0:
         state[S.LEFT] = left - total
     ledger[THINK] += thought

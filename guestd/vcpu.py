@@ -57,7 +57,9 @@ OFF_PCPU = 20
 """1 while another vCPU has its pCPU."""
 PV_FLUSHED = 21
 """`EXIT_START` + 1 of the last preemption for whose end KVM owes a flush already."""
-FIELDS = 22
+LAST_WRITTEN = 22
+"""256-byte block of the write before."""
+FIELDS = 23
 
 CONTEXTS = 16
 
@@ -152,7 +154,7 @@ def new_vcpus(count: int, costs: Costs, seed: int) -> Vcpus:
     # KVM gives each vCPU a VPID of its own, and the VM one EPTP; the process runs under one PCID.
     vcpus.context[:, 0, 1] = 1 + np.arange(count)
     vcpus.context[:, 0, 2] = 1
-    vcpus.field[:, LAST_BLOCK] = -1
+    vcpus.field[:, LAST_BLOCK] = vcpus.field[:, LAST_WRITTEN] = -1
     vcpus.field[:, RANDOM] = (seed * 2654435761 % (1 << 31) + np.arange(count) * 40503 + 1) & 0x7FFFFFFF
     vcpus.field[:, TAG_LEFT] = 1 + vcpus.field[:, RANDOM] % (2 * costs.load_latency_tag_interval - 1)
     return vcpus

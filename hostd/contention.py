@@ -3,9 +3,12 @@
 Utilisation is a damped fixed point: each barrier it moves towards the last quantum's demand over the tier's ceiling,
 with a time constant that does not depend on the quantum. The loaded latency follows the profile's measured curve. On
 top, each VM gets a budget of bytes, so that no tier serves more in a quantum than its ceiling (architecture 3.2); what
-the last quantum's demands leave is shared out equally. All integers, so that it is the same on any machine.
+the last quantum's demands leave is shared out equally. A tier has a ceiling for reads and one for writes; the latter
+falls with the number of threads that write, taken to be all vCPUs of the VMs that wrote to it in the last quantum
+(PMEM's buffers thrash: Izraelevitz et al., arXiv 1903.05714). All integers, so that it is the same on any machine.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -25,20 +28,33 @@ FAST_READ, SLOW_READ, FAST_WRITE, SLOW_WRITE = 0, 1, 2, 3
 
 def loaded_factor(tier: TierCosts, utilisation_ppm: int) -> int:
     """Factor on the idle latency in thousandths, by linear interpolation of the tier's curve, clamped at its ends."""
-    points = tier.curve
-    load = utilisation_ppm // 1000
-    for (low, low_factor), (high, high_factor) in pairwise(points):
-        if load < high:
-            return low_factor + (high_factor - low_factor) * max(0, load - low) // (high - low)
+    return _interpolate(tier.curve, utilisation_ppm // 1000)
+
+
+def write_factor(tier: TierCosts, threads: int) -> int:
+    """Factor on the write bandwidth in thousandths when so many threads write, in the same way."""
+    return _interpolate(tier.write_curve, threads)
+
+
+def _interpolate(points: tuple[tuple[int, int], ...], x: int) -> int:
+    for (low, low_y), (high, high_y) in pairwise(points):
+        if x < high:
+            return low_y + (high_y - low_y) * max(0, x - low) // (high - low)
     return points[-1][1]
 
 
 class Contention:
-    """State of one host's tiers. ``utilisation_ppm``: int per tier, in millionths of its ceiling."""
+    """State of one host's tiers. ``vcpus``: of each VM, by its number.
 
-    def __init__(self, costs: Costs, vms: int) -> None:
+    ``utilisation_ppm``: int per tier, in millionths of its ceiling; ``writers``: int per tier, threads writing to it.
+    """
+
+    def __init__(self, costs: Costs, vcpus: Sequence[int]) -> None:
+        vms = len(vcpus)
         self._tiers = (costs.fast, costs.slow)
+        self._vcpus = np.array(vcpus, np.int64)
         self.utilisation_ppm = [0, 0]
+        self.writers = [0, 0]
         self._queue = np.zeros((vms, 4), np.int64)
         """int64[vms, 4]: bytes asked for beyond a budget (by a migration in mid-quantum), served later."""
         self._given = np.zeros((vms, 4), np.int64)
@@ -47,14 +63,20 @@ class Contention:
         """int64[4]: bytes moved so far."""
 
     def ceiling(self, quantum_ps: int) -> Words:
-        """Bytes that each tier and direction can move in a quantum (int64[4])."""
-        rates = [self._tiers[0].read_bandwidth, self._tiers[1].read_bandwidth,
-                 self._tiers[0].write_bandwidth, self._tiers[1].write_bandwidth]  # fmt: skip
-        return np.array([rate * quantum_ps // PS_PER_S for rate in rates], np.int64)
+        """Bytes that each tier and direction can move in a quantum (int64[4]) since the last budgets."""
+        reads = [tier.read_bandwidth for tier in self._tiers]
+        writes = [
+            tier.write_bandwidth * write_factor(tier, threads) // 1000
+            for tier, threads in zip(self._tiers, self.writers, strict=True)
+        ]
+        return np.array([rate * quantum_ps // PS_PER_S for rate in (*reads, *writes)], np.int64)
 
-    def settle(self, vm: int, demand: Words) -> None:
-        """What a VM says that it asked for in the quantum that ends (int64[4] bytes); beyond its budget it waits."""
-        self._demand[vm] = np.minimum(self._queue[vm] + np.clip(demand, 0, MOST), MOST)
+    def settle(self, vm: int, demand: Words, moved: Words | int = 0) -> None:
+        """What a VM says that it asked for in the quantum that ends, and what the host moved for it (int64[4] bytes).
+
+        Beyond its budget it waits.
+        """
+        self._demand[vm] = np.minimum(self._queue[vm] + np.clip(demand, 0, MOST) + moved, MOST)
         served = np.minimum(self._demand[vm], self._given[vm])
         self._queue[vm] = self._demand[vm] - served
         self.served += served
@@ -91,6 +113,8 @@ class Contention:
         Who used up its last budget is taken to want all of it; what nobody wants is shared out equally, so that a VM
         that wakes up has room. What waits from quanta before comes off first.
         """
+        wrote = self._demand[vms, FAST_WRITE:] > 0
+        self.writers = [int(threads) for threads in self._vcpus[vms] @ wrote]
         ceiling = self.ceiling(quantum_ps)
         hungry = self._demand[vms] >= self._given[vms]
         want = np.where(hungry, ceiling, np.minimum(self._demand[vms], ceiling))

@@ -40,7 +40,9 @@ class HostCore:
         self._leaving: set[int] = set()
         """Done with their run, and yet to say bye."""
         self._ticked: set[int] = set()
-        self._contention = Contention(config.costs, max(self._guests, default=0) + 1)
+        everyone = range(max(self._guests, default=0) + 1)
+        vcpus = [self._guests[vm].vcpus if vm in self._guests else 0 for vm in everyone]
+        self._contention = Contention(config.costs, vcpus)
         self._now_ps = 0
         self._until_ps = 0
         self._peak = [0, 0]
@@ -105,7 +107,8 @@ class HostCore:
         if len(message.counters) != 8 * COUNTERS or len(message.bandwidth_demand) != 8 * 4:
             raise RefusedMessage(f"counters must be int64[{COUNTERS}] and bandwidth_demand int64[4]")
         self.vms[vm].heard(message.phase, np.frombuffer(message.counters, np.int64))
-        self._contention.settle(vm, np.frombuffer(message.bandwidth_demand, np.int64))
+        demand = np.frombuffer(message.bandwidth_demand, np.int64)
+        self._contention.settle(vm, demand, self.vms[vm].take_traffic())
         if message.phase == "done":
             self._running.discard(vm)
             self._leaving.add(vm)

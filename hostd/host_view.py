@@ -20,7 +20,7 @@ from proto.costs import copy_ps
 from proto.counters import C, Counters
 from proto.entry import DIRTY, FRAME_MASK, FRAME_SHIFT, PROTNONE, WRITABLE, YOUNG
 from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP, OPERATION, VmMemory
-from proto.units import PAGE_SHIFT
+from proto.units import PAGE_SHIFT, PAGE_SIZE
 
 PUD_PAGES = 1 << 18
 """change_pmd_range notifies once per PUD-sized range: 1 GiB of 4 KiB pages (mm/mprotect.c)."""
@@ -60,6 +60,8 @@ class HostView(PageView):
         """Moves to come: (times, frames they leave, frames they go to), each in order of time."""
         self._events = events
         self.in_fault = False
+        self.fault_bytes = np.zeros(4, np.int64)
+        """What copies in faults moved: fast read, slow read, fast write, slow write; the VM's hardware books others."""
         self.kicked_permille = 1000
         """Share of the VM's vCPUs that a request kicked in the last quantum: how many the thread waits for."""
 
@@ -128,6 +130,9 @@ class HostView(PageView):
 
     def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int, protect: bool) -> None:
         if self.in_fault:
+            slow = int((frames >= self._half).sum())
+            self.fault_bytes[:2] += PAGE_SIZE * np.array((frames.size - slow, slow))
+            self.fault_bytes[2 + node] += PAGE_SIZE * frames.size
             _move_now(self.meter.book, self._table, self._stamps, self.nodes, pages, frames, targets)
             self.meter.charge(cost_ps * pages.size)
         else:

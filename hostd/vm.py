@@ -173,6 +173,12 @@ class Vm:
         self.cpu_ns += time.thread_time_ns() - began
         return operations
 
+    def take_traffic(self) -> Words:
+        """Bytes that the host moved in EPT faults since the last call (int64[4], as `hostd.contention` orders them)."""
+        moved = self.view.fault_bytes.copy()
+        self.view.fault_bytes[:] = 0
+        return moved
+
     def heard(self, phase: str, counters: Words) -> None:
         """The guest's word at the barrier: its phase, and its counters.
 

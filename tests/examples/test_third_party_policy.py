@@ -42,7 +42,7 @@ def test_it_is_listed_beside_the_built_in_ones(environment: dict[str, str]) -> N
 def test_it_runs_and_gains(environment: dict[str, str], tmp_path: Path) -> None:
     spec = tmp_path / "spec.toml"
     spec.write_text(
-        'memory = "32MiB"\nvcpus = 2\nseconds = 0.5\n[[group]]\npolicy = "none"\n'
+        'memory = "8GiB"\nscale = "1/256"\nvcpus = 2\nseconds = 0.5\n[[group]]\npolicy = "none"\n'
         '[[group]]\npolicy = "lru-sample"\nset.policy.period_ms = 2\n'
     )
     done = run(environment, "-m", "fleet", "run", str(spec), "--json", "--out", str(tmp_path / "out"))

@@ -70,7 +70,8 @@ def test_real_data_structures_run_without_a_mismatch(workload: str, tmp_path: Pa
 # --- acceptance: whole runs of real processes, as a user starts them -------------------------------------------------
 
 EVERY_DESIGN = """
-memory = "32MiB"
+memory = "8GiB"
+scale = "1/256"
 vcpus = 2
 seconds = 0.6
 seed = 1

@@ -92,6 +92,16 @@ def test_what_the_host_refused_is_said(summary: dict[str, Any]) -> None:
     assert [line for line in printed(summary) if "refused messages: 3 malformed" in line]
 
 
+def test_what_the_llc_served_is_said(summary: dict[str, Any]) -> None:
+    total = sum(vm["access"]["total"] for vm in summary["vms"])
+    for vm, hits in zip(summary["vms"], (total // 8, total // 8), strict=True):
+        vm["access"]["llc_hits"] = hits
+    assert "  last-level cache: served 25.0 % of accesses" in printed(summary)
+    for vm in summary["vms"]:
+        del vm["access"]
+    assert not [line for line in printed(summary) if "last-level" in line]
+
+
 def test_a_run_without_host_prints(summary: dict[str, Any]) -> None:
     del summary["host"]
     assert not [line for line in printed(summary) if line.startswith("host")]

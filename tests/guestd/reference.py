@@ -78,6 +78,7 @@ class ReferenceVcpu:
     idle: bool = False
     off_pcpu: bool = False
     last_block: int = -1
+    last_written: int = -1
     exit: tuple[int, int] = (0, 0)
     """The last VM exit, [start, end)."""
     flush_at_entry: bool = False
@@ -206,7 +207,9 @@ class Reference:
         if not hit:
             cpu.last_block = access.address // 256
             self.budget[0][slow] -= self.read_bytes[slow][local]
-            self.budget[1][slow] -= self.write_bytes[slow][local] if write else 0
+            if write:
+                self.budget[1][slow] -= self.write_bytes[slow][int(access.address // 256 == cpu.last_written)]
+                cpu.last_written = access.address // 256
         if write:
             next_version = (version + 1) % (1 << VERSION_BITS)
             self.gpt[page] += (next_version - version) << ENTRY_VERSION_SHIFT

@@ -122,6 +122,9 @@ def test_in_a_fault_a_move_is_done_at_once(vm: Vm) -> None:
     assert vm.memory.stamps[new].tolist() == [101, 102, 103]
     assert view.free(FAST) == free - 3
     assert taken(view).size == 0, "the VM waits: nothing can hold an old translation"
+    # Slow read and fast write, which no hardware of the VM books.
+    assert vm.take_traffic().tolist() == [0, 3 * 4096, 3 * 4096, 0]
+    assert vm.take_traffic().tolist() == [0] * 4
 
 
 def test_addresses_are_guest_physical(vm: Vm) -> None:
