@@ -30,7 +30,7 @@ from guestd.fault import (
 )
 from guestd.guest_view import EptFaultCall, GuestView
 from guestd.hotness import placement_by_heat
-from guestd.kvm import leave_guest
+from guestd.kvm import ept_changed, leave_guest
 from guestd.machine import S, new_machine
 from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter, metered
 from guestd.mm.nodes import FAST, NO_PAGE, WMARK_LOW, allocate, new_nodes
@@ -195,6 +195,7 @@ class Guest:
         self.workload.set_llc(
             price_walks(machine.price, self.config.costs, used, message.llc_bytes, machine.latency_ps)
         )
+        ept_changed(machine)
         operations = np.frombuffer(message.operations, OPERATION)
         while self.now < until and not self.finished:
             target = min(until, self._timers[0][0] if self._timers else FOREVER)

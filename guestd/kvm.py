@@ -42,7 +42,7 @@ def leave_guest(field: Words, start_ps: int, duration_ps: int) -> None:
     field[FLUSH_AT_ENTRY] = 0
 
 
-@inline
+@kernel
 def ept_changed(m: Machine) -> None:
     """The host changed the EPT: what walks remember of it is out of date."""
     state, upper = m.state, m.tables.upper

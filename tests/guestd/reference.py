@@ -431,7 +431,9 @@ class Reference:
 
     def assert_same(self, machine: Machine) -> None:
         """Every table, cache, clock, ledger and counter of ``machine`` is what it is here."""
-        counted = {name: int(machine.counters[index]) for name, index in C.__members__.items() if machine.counters[index]}
+        counted = {
+            name: int(machine.counters[index]) for name, index in C.__members__.items() if machine.counters[index]
+        }
         assert counted == {k: v for k, v in self.counters.items() if v}
         assert machine.gpt.tolist() == self.gpt
         assert machine.ept.tolist() == self.ept

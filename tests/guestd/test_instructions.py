@@ -77,7 +77,9 @@ def held(machine: Machine) -> Held:
 @pytest.fixture
 def machine(costs: Costs) -> Machine:
     """A vCPU of the default profile whose hardware is filled under each of CONTEXTS; the first is current."""
-    roomy = {f"l1_dtlb_{size}_{what}": count for size in ("4k", "2m") for what, count in (("entries", 64), ("ways", 16))}
+    roomy = {
+        f"l1_dtlb_{size}_{what}": count for size in ("4k", "2m") for what, count in (("entries", 64), ("ways", 16))
+    }
     machine = bare_machine(msgspec.structs.replace(costs, **roomy), 2)
     machine.vcpus.context[0, : len(CONTEXTS)] = list(CONTEXTS.values())
     for number, (eptp, _, _) in enumerate(CONTEXTS.values()):
