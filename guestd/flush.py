@@ -1,8 +1,8 @@
 """How a guest's Linux flushes TLBs (arch/x86/mm/tlb.c): locally, by IPI, lazily, and with the host's help.
 
 One page goes by INVLPG, with page-table isolation also by INVPCID of the user PCID; a range above
-`tlb_single_page_flush_ceiling` and a batch of unmapped pages by MOV CR3. Other vCPUs that run the process get an IPI, for
-which the initiator waits. No IPI goes to a vCPU that runs a kernel thread or idles (lazy TLB: it flushes when it
+`tlb_single_page_flush_ceiling` and a batch of unmapped pages by MOV CR3. Other vCPUs that run the process get an IPI,
+for which the initiator waits. No IPI goes to a vCPU that runs a kernel thread or idles (lazy TLB: it flushes when it
 switches back, once for all that it missed), nor, with KVM's paravirtual flush, to one that the host preempted (KVM
 executes INVVPID at its next entry); without that help the initiator waits until the host runs it again. None of this
 touches guest-physical mappings.

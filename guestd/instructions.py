@@ -2,17 +2,15 @@
 
 Intel SDM vol. 3, 4.10.4 (INVLPG, INVPCID, MOV CR3) and 29.4.3 (INVVPID, INVEPT). Three kinds of mappings are cached:
 *combined* ones (gVA to hPA: the TLBs and the guest's paging-structure caches), tagged with EPTP, VPID and PCID; and
-*guest-physical* ones (gPA to hPA: nested TLB and EPT paging-structure caches), tagged with the EPTP. What a guest executes
-under VPID acts on combined mappings of its own VPID only; INVVPID leaves guest-physical mappings alone; INVEPT drops
-both kinds. Tags hold a *context*, an index into the vCPU's table of (EPTP, VPID, PCID) triples: EPTPs are small numbers
+*guest-physical* ones (gPA to hPA: nested TLB and EPT paging-structure caches), tagged with the EPTP. What a guest
+executes acts on combined mappings of its own VPID only; INVVPID leaves guest-physical mappings alone; INVEPT drops both
+kinds. Tags hold a *context*, an index into the vCPU's table of (EPTP, VPID, PCID) triples: EPTPs are small numbers
 (0 to 7), PCID `GLOBAL` stands for the global pages of a VPID. A processor may drop more than it must; this one drops no
 more, with one exception that real ones make: while parts of a *fractured* page (2 MiB in the guest, 4 KiB in the EPT)
 are cached, INVLPG empties the TLB of the VPID, as the parts cannot be found by address (Amit, 2018).
 """
 
-import numpy as np
-
-from guestd.jit import assume, inline, kernel
+from guestd.jit import assume, inline, int32, int64, kernel
 from guestd.tlb import CONTEXT_MASK, LANES, MISS, TlbGeometry, find, find_in_l1, tag_2m, tag_4k
 from guestd.vcpu import CONTEXT, CONTEXTS, FRACTURED, Vcpus
 from guestd.walk import EPTP_MASK, PageTables, WalkGeometry, upper_key
@@ -45,7 +43,7 @@ def _drop_contexts(tags: Ints, end: int, chosen: int, used: int) -> None:
         tags[:end] = 0
     else:
         for i in range(end):
-            if (chosen >> (np.int64(tags[i]) & CONTEXT_MASK)) & 1 == 1:
+            if (chosen >> (int64(tags[i]) & CONTEXT_MASK)) & 1 == 1:
                 tags[i] = 0
 
 
@@ -64,7 +62,7 @@ def drop_combined(vcpus: Vcpus, vcpu: int, geometry: WalkGeometry, chosen: int) 
 @inline
 def _drop_tag(tags: Ints, number: int, mask: int, stride: int, key: int) -> None:
     base = (number & mask) * stride
-    slot = find_in_l1(tags, base, stride, np.int32(key)) if stride % LANES else find(tags, base, stride, np.int32(key))
+    slot = find_in_l1(tags, base, stride, int32(key)) if stride % LANES else find(tags, base, stride, int32(key))
     if slot != MISS:
         assume(slot >= 0)
         tags[slot] = 0
@@ -91,7 +89,7 @@ def _drop_way_up(vcpus: Vcpus, vcpu: int, geometry: WalkGeometry, tables: PageTa
     for level in range(3):
         for context in range(CONTEXTS):
             if (chosen >> context) & 1 == 1:
-                key = np.int32(upper_key(number, context))
+                key = int32(upper_key(number, context))
                 for slot in range(geometry.guest_slots):
                     if tags[slot] == key:
                         tags[slot] = 0
@@ -108,7 +106,7 @@ def _current(vcpus: Vcpus, vcpu: int, pcid: int) -> int:
 
 @kernel
 def invlpg(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, page: int) -> None:
-    """INVLPG: the page in the current PCID and global; paging-structure caches of the current PCID, whatever address."""
+    """INVLPG: the page in the current PCID and global; all paging-structure caches of the current PCID."""
     pcid = vcpus.context[vcpu, vcpus.field[vcpu, CONTEXT], 2]
     own = _current(vcpus, vcpu, pcid)
     if vcpus.field[vcpu, FRACTURED] == 1:
@@ -145,7 +143,7 @@ def invpcid(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, t
 @kernel
 def invvpid(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, tables: PageTables, kind: int,
             vpid: int, page: int) -> None:  # fmt: skip
-    """INVVPID of type ``kind``: 0 an address of a VPID, 1 all of a VPID, 2 of every VPID, 3 of a VPID but global pages."""
+    """INVVPID of type ``kind``: 0 an address of a VPID, 1 all of a VPID, 2 everything, 3 a VPID but global pages."""
     context = vcpus.context[vcpu]
     if kind == 0:
         chosen = select(context, ANY, vpid, ANY)
@@ -165,7 +163,7 @@ def invept(vcpus: Vcpus, vcpu: int, geometry: WalkGeometry, eptp: int) -> None:
     drop_combined(vcpus, vcpu, geometry, select(vcpus.context[vcpu], eptp, ANY, ANY))
     tags = vcpus.walk_tag[vcpu]
     for slot in range(geometry.guest_slots, geometry.slots):
-        if eptp == ANY or (np.int64(tags[slot]) & EPTP_MASK) == eptp:
+        if eptp == ANY or (int64(tags[slot]) & EPTP_MASK) == eptp:
             tags[slot] = 0
 
 

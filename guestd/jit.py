@@ -13,6 +13,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 int64: Any = np.int64
 """Converts to int64 in a kernel; to a type checker the result is an int like any other."""
+int32: Any = np.int32
+"""The same for int32: the low 32 bits."""
 
 _njit = cast(Any, numba.njit)
 # _nrt=False: kernels allocate nothing, and counting references to arrays would cost more than most of the work.

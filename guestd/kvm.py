@@ -4,9 +4,9 @@ The host knows no gVA, so each change asks for a flush of every vCPU (virt/kvm/k
 vCPU in guest mode is kicked out and executes one global INVEPT at its next entry (arch/x86/kvm/vmx/vmx.c,
 vmx_flush_tlb_all); one that is outside (halted, preempted, in an EPT violation or another exit) flushes at the entry
 that ends that exit, once for all requests that piled up meanwhile. `remote_tlb_flush` counts requests that kicked at
-least one vCPU, `tlb_flush` executions. Requests are made under mmu_lock, so EPT violations wait for them. While a notifier
-changes a range, an EPT violation in it is taken again and again (mmu_notifier_retry), and one on a page that is being
-migrated sleeps until the copy is done.
+least one vCPU, `tlb_flush` executions. Requests are made under mmu_lock, so EPT violations wait for them. While a
+notifier changes a range, an EPT violation in it is taken again and again (mmu_notifier_retry), and one on a page that
+is being migrated sleeps until the copy is done.
 """
 
 from typing import Any

@@ -87,7 +87,12 @@ def build_report(guest: Guest) -> dict[str, Any]:
             "latency_ns": percentiles_ns(machine.vcpus.histogram.sum(axis=0)),
         },
         "vmstat": vmstat,
-        "kvm": {**kvm, "executions_per_request": kvm["tlb_flush"] / max(1, kvm["remote_tlb_flush"]), "exits": groups["exit"], "guest_mode_ratio": 1 - sum_parts(clock, EXIT_PARTS) / vcpu_ps},
+        "kvm": {
+            **kvm,
+            "executions_per_request": kvm["tlb_flush"] / max(1, kvm["remote_tlb_flush"]),
+            "exits": groups["exit"],
+            "guest_mode_ratio": 1 - sum_parts(clock, EXIT_PARTS) / vcpu_ps,
+        },
         "instructions": groups["instr"],
         "flushes": flush_totals(vmstat, kvm),
         "migration": {

@@ -11,10 +11,9 @@ Left out: the separate store L1 dTLB (16 entries) and 1 GiB pages.
 
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 from numba.cpython.unsafe.numbers import trailing_zeros
 
-from guestd.jit import assume, inline, kernel, match8, match16
+from guestd.jit import assume, inline, int32, int64, kernel, match8, match16
 from proto.arrays import Ints, Words
 from proto.costs import Costs
 from proto.entry import FRAME_BITS
@@ -38,7 +37,7 @@ ENTRY_MASK = (1 << 32) - 1
 
 
 class TlbGeometry(NamedTuple):
-    """Sets - 1, padded ways of a set, and the bits of all its ways, for each array; `stlb_ways_2m`: those a 2 MiB may take."""
+    """Sets - 1, padded ways of a set, and the bits of all its ways, for each array."""
 
     l1_mask: int
     l1_stride: int
@@ -50,6 +49,7 @@ class TlbGeometry(NamedTuple):
     stlb_stride: int
     stlb_ways: int
     stlb_ways_2m: int
+    """The bits of those ways that a 2 MiB entry may take."""
 
 
 def tlb_geometry(costs: Costs) -> TlbGeometry:
@@ -111,7 +111,7 @@ def find(tags: Ints, base: int, stride: int, key: int) -> int:
 
 @inline
 def find_in_l1(tags: Ints, base: int, stride: int, key: int) -> int:
-    """The same for an L1: its few sets are written all the time, so each tag is loaded by itself (`guestd.jit.match8`)."""
+    """The same for an L1, whose few sets are written all the time: it loads tags one by one (`guestd.jit.match8`)."""
     assume(base >= 0)
     slot = MISS
     for lane in range(base, base + stride, L1_LANES):
@@ -158,14 +158,14 @@ def enter(tags: Ints, data: Ints, recent: Words, index: int, stride: int, ways: 
 @inline
 def look_up_4k(tlb: Tlb, geometry: TlbGeometry, page: int, context: int) -> int:
     """Look a 4 KiB page up: MISS, or ``data << 1 | 1 if the STLB had to serve it`` (the entry moves to the L1)."""
-    key = np.int32(tag_4k(page, context))
+    key = int32(tag_4k(page, context))
     index = page & geometry.l1_mask
     base = index * geometry.l1_stride
     slot = find_in_l1(tlb.l1_tag, base, geometry.l1_stride, key)
     found = MISS
     if slot != MISS:
         touch(tlb.l1_recent, index, slot - base, geometry.l1_ways)
-        found = (np.int64(tlb.l1_data[slot]) & ENTRY_MASK) << 1
+        found = (int64(tlb.l1_data[slot]) & ENTRY_MASK) << 1
     else:
         index2 = page & geometry.stlb_mask
         base2 = index2 * geometry.stlb_stride
@@ -174,21 +174,21 @@ def look_up_4k(tlb: Tlb, geometry: TlbGeometry, page: int, context: int) -> int:
             touch(tlb.stlb_recent, index2, slot2 - base2, geometry.stlb_ways)
             enter(tlb.l1_tag, tlb.l1_data, tlb.l1_recent, index, geometry.l1_stride, geometry.l1_ways,
                   geometry.l1_ways, key, tlb.stlb_data[slot2])  # fmt: skip
-            found = ((np.int64(tlb.stlb_data[slot2]) & ENTRY_MASK) << 1) | 1
+            found = ((int64(tlb.stlb_data[slot2]) & ENTRY_MASK) << 1) | 1
     return found
 
 
 @kernel
 def look_up_2m(tlb: Tlb, geometry: TlbGeometry, table: int, context: int) -> int:
     """Look the 2 MiB page of leaf table ``table`` up; as `look_up_4k`, the frame being its first."""
-    key = np.int32(tag_2m(table, context))
+    key = int32(tag_2m(table, context))
     index = table & geometry.l1_2m_mask
     base = index * geometry.l1_2m_stride
     slot = find_in_l1(tlb.l1_2m_tag, base, geometry.l1_2m_stride, key)
     found = MISS
     if slot != MISS:
         touch(tlb.l1_2m_recent, index, slot - base, geometry.l1_2m_ways)
-        found = (np.int64(tlb.l1_2m_data[slot]) & ENTRY_MASK) << 1
+        found = (int64(tlb.l1_2m_data[slot]) & ENTRY_MASK) << 1
     else:
         index2 = table & geometry.stlb_mask
         base2 = index2 * geometry.stlb_stride
@@ -197,15 +197,15 @@ def look_up_2m(tlb: Tlb, geometry: TlbGeometry, table: int, context: int) -> int
             touch(tlb.stlb_recent, index2, slot2 - base2, geometry.stlb_ways)
             enter(tlb.l1_2m_tag, tlb.l1_2m_data, tlb.l1_2m_recent, index, geometry.l1_2m_stride, geometry.l1_2m_ways,
                 geometry.l1_2m_ways, key, tlb.stlb_data[slot2])  # fmt: skip
-            found = ((np.int64(tlb.stlb_data[slot2]) & ENTRY_MASK) << 1) | 1
+            found = ((int64(tlb.stlb_data[slot2]) & ENTRY_MASK) << 1) | 1
     return found
 
 
 @inline
 def fill_4k(tlb: Tlb, geometry: TlbGeometry, page: int, context: int, frame: int, dirty: int) -> None:
     """What a walk to a 4 KiB page (or to a part of a fractured 2 MiB page) enters; neither level holds it."""
-    key = np.int32(tag_4k(page, context))
-    entry = np.int32((frame << TLB_FRAME_SHIFT) | dirty)
+    key = int32(tag_4k(page, context))
+    entry = int32((frame << TLB_FRAME_SHIFT) | dirty)
     enter(tlb.l1_tag, tlb.l1_data, tlb.l1_recent, page & geometry.l1_mask, geometry.l1_stride, geometry.l1_ways,
           geometry.l1_ways, key, entry)  # fmt: skip
     enter(tlb.stlb_tag, tlb.stlb_data, tlb.stlb_recent, page & geometry.stlb_mask, geometry.stlb_stride,
@@ -215,8 +215,8 @@ def fill_4k(tlb: Tlb, geometry: TlbGeometry, page: int, context: int, frame: int
 @kernel
 def fill_2m(tlb: Tlb, geometry: TlbGeometry, table: int, context: int, frame: int, dirty: int) -> None:
     """What a walk enters when both levels map 2 MiB; ``frame``: the first of the page."""
-    key = np.int32(tag_2m(table, context))
-    entry = np.int32((frame << TLB_FRAME_SHIFT) | dirty)
+    key = int32(tag_2m(table, context))
+    entry = int32((frame << TLB_FRAME_SHIFT) | dirty)
     enter(tlb.l1_2m_tag, tlb.l1_2m_data, tlb.l1_2m_recent, table & geometry.l1_2m_mask, geometry.l1_2m_stride,
           geometry.l1_2m_ways, geometry.l1_2m_ways, key, entry)  # fmt: skip
     enter(tlb.stlb_tag, tlb.stlb_data, tlb.stlb_recent, table & geometry.stlb_mask, geometry.stlb_stride,
@@ -233,9 +233,9 @@ def _renew(data: Ints, slot: int, entry: int) -> None:
 @kernel
 def renew(tlb: Tlb, geometry: TlbGeometry, page: int, table: int, context: int, frame: int, dirty: int) -> None:
     """A walk renews the entry that a write found clean, in both levels as far as they hold it; of either size."""
-    small, large = np.int32(tag_4k(page, context)), np.int32(tag_2m(table, context))
-    entry = np.int32((frame << TLB_FRAME_SHIFT) | dirty)
-    base_entry = np.int32(((frame - (page & (TABLE_PAGES - 1))) << TLB_FRAME_SHIFT) | dirty)
+    small, large = int32(tag_4k(page, context)), int32(tag_2m(table, context))
+    entry = int32((frame << TLB_FRAME_SHIFT) | dirty)
+    base_entry = int32(((frame - (page & (TABLE_PAGES - 1))) << TLB_FRAME_SHIFT) | dirty)
     l1, l1_2m = (page & geometry.l1_mask) * geometry.l1_stride, (table & geometry.l1_2m_mask) * geometry.l1_2m_stride
     stlb, stlb_2m = (
         (page & geometry.stlb_mask) * geometry.stlb_stride,

@@ -15,9 +15,7 @@ not meet its own page-table lines in a cache line by line, their places are expe
 
 from typing import NamedTuple
 
-import numpy as np
-
-from guestd.jit import assume, inline
+from guestd.jit import assume, inline, int32
 from guestd.tlb import CONTEXT_BITS
 from proto.arrays import Bytes, Ints, Words
 from proto.costs import Costs
@@ -52,7 +50,7 @@ UNBACKED = -1
 
 
 class WalkGeometry(NamedTuple):
-    """First slot and sets - 1 of each cache in a vCPU's walk arrays; a cache of no entries has mask -1. Levels: 4 or 5."""
+    """First slot and sets - 1 of each cache in a vCPU's walk arrays; a cache of no entries has mask -1."""
 
     pde: int
     pde_mask: int
@@ -73,6 +71,7 @@ class WalkGeometry(NamedTuple):
     guest_slots: int
     """Slots [0, guest_slots) hold combined mappings, the others guest-physical ones."""
     guest_levels: int
+    """4 or 5."""
     ept_levels: int
 
 
@@ -85,7 +84,7 @@ def walk_geometry(costs: Costs, guest_levels: int, ept_levels: int) -> WalkGeome
     for count in entries:
         fields += [slots, count // WAYS - 1]
         slots += count
-    return WalkGeometry(*fields, slots, sum(entries[:3]), guest_levels, ept_levels)
+    return WalkGeometry._make([*fields, slots, sum(entries[:3]), guest_levels, ept_levels])
 
 
 class PageTables(NamedTuple):
@@ -109,7 +108,7 @@ def cached(tags: Ints, base: int, mask: int, number: int, key: int) -> bool:
         return False
     start = base + (number & mask) * WAYS
     assume(start >= 0)
-    tag = np.int32(key)
+    tag = int32(key)
     low, high = (tags[start] == tag) | (tags[start + 1] == tag), (tags[start + 2] == tag) | (tags[start + 3] == tag)
     return low | high
 
@@ -121,7 +120,7 @@ def enter(tags: Ints, turn: Bytes, base: int, mask: int, number: int, key: int) 
         start = base + (number & mask) * WAYS
         assume(start >= 0)
         way = turn[start >> 2]
-        tags[start + way] = np.int32(key)
+        tags[start + way] = int32(key)
         turn[start >> 2] = (way + 1) & (WAYS - 1)
 
 
@@ -181,8 +180,9 @@ def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, ch
     """Walk to a page of leaf table ``table`` (or to its 2 MiB page) whose data lie in gPA ``frame``.
 
     ``tags``, ``turn``: the vCPU's walk caches, int32[slots] and uint8[slots / 4]; ``chain``: int64[6] scratch.
-    ``epoch``: of the EPT, which a table's entry keeps from the last look at the EPT's entry for it, so that a walk looks
-    there again only after the host has changed the EPT. Returns ``references << REFS_SHIFT | cost_ps``, or UNBACKED; ``chain[5]`` is then the table's gPA frame.
+    ``epoch``: of the EPT, which a table's entry keeps from the last look at the EPT's entry for it, so that a walk
+    looks there again only after the host has changed the EPT. Returns ``references << REFS_SHIFT | cost_ps``, or
+    UNBACKED; ``chain[5]`` is then the table's gPA frame.
     """
     upper = tables.upper
     assume(table >= 0)

@@ -19,7 +19,7 @@ WRITABLE = 1 << 1
 ACCESSED = 1 << 5
 DIRTY = 1 << 6
 HUGE = 1 << 7
-"""In an entry above the leaf: it maps 2 MiB itself (PS). The leaf entries below it then only keep the emulator's books."""
+"""In an entry above the leaf: it maps 2 MiB itself (PS). The leaf entries below it then only keep books."""
 PROTNONE = 1 << 8
 YOUNG = 1 << 9
 """Software bit: the A bit of an entry that was zapped, kept for the reclaim's next look (KVM: kvm_set_pfn_accessed)."""

@@ -1,8 +1,9 @@
 """Layout of a VM's shared segment, of host operations, and of event records.
 
-One segment (a sealed memfd) per VM, mapped by the host and by that guest only: its EPT and the stamps of its frames. A VM's frames are a window of host-physical memory: slot s of the window is hPA frame
-``window + s``; slots below `fast_capacity` are fast, the others slow. Capacity is the VM's whole memory in each tier
-(as the double balloon sizes its nodes), of which the provisioner backs only a share; untouched slots cost nothing.
+One segment (a sealed memfd) per VM, mapped by the host and by that guest only: its EPT and the stamps of its frames. A
+VM's frames are a window of host-physical memory: slot s of the window is hPA frame ``window + s``; slots below
+`fast_capacity` are fast, the others slow. Capacity is the VM's whole memory in each tier (as the double balloon sizes
+its nodes), of which the provisioner backs only a share; untouched slots cost nothing.
 """
 
 from typing import NamedTuple
@@ -30,7 +31,7 @@ OPERATION = np.dtype([
     ("busy_ps", "<i8"),
 ])  # fmt: skip
 """A host operation on a VM at a virtual time. ``flags``: PROTNONE or 0, for OP_ZAP (set on slow leaves) and OP_MOVE.
-``hold_ps``: how long its flush request holds mmu_lock; ``busy_ps``: how long an EPT violation of its frames has to wait.
+``hold_ps``: how long its flush request holds mmu_lock; ``busy_ps``: how long EPT violations of its frames have to wait.
 """
 
 EVENT = np.dtype(

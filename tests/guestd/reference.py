@@ -1,7 +1,7 @@
 """The vCPU engine a second time, in plain Python, to hold the compiled one against.
 
-One access at a time, no prefetch, no chunk, no shared totals: every law (what sets an A or D bit, what a kick costs, who
-waits for mmu_lock, when a record is written) is spelled out where it acts. The translation hardware is in
+One access at a time, no prefetch, no chunk, no shared totals: every law (what sets an A or D bit, what a kick costs,
+who waits for mmu_lock, when a record is written) is spelled out where it acts. The translation hardware is in
 `tests.guestd.reference_mmu`. It starts from a `guestd.machine.Machine` whose caches are empty, and then keeps its own
 tables.
 """

@@ -1,4 +1,4 @@
-"""Translation hardware in plain Python: set-associative arrays as lists, walks and invalidations as the manuals say them.
+"""Translation hardware in plain Python: set-associative arrays as lists, walks and invalidations as manuals say them.
 
 Nothing of `guestd.tlb`, `guestd.walk` or `guestd.instructions` is used but names of constants: entries are tuples, a
 context is its triple (EPTP, VPID, PCID), and an invalidation is a predicate over entries.
@@ -6,7 +6,7 @@ context is its triple (EPTP, VPID, PCID), and an invalidation is a predicate ove
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from guestd import walk as mmu
 from guestd.instructions import GLOBAL
@@ -83,7 +83,7 @@ class Turns:
             self.sets[index][self.turn[index]] = key
             self.turn[index] = (self.turn[index] + 1) % 4
 
-    def drop(self, unwanted: Callable[[int, object], bool]) -> None:
+    def drop(self, unwanted: Callable[[int, Any], bool]) -> None:
         self.sets = [[None if entry and unwanted(*entry) else entry for entry in ways] for ways in self.sets]
 
 
@@ -232,7 +232,7 @@ class Mmu:
         for array in (self.l1, self.l1_2m, self.stlb):
             array.drop(lambda key: tlb(*key))
         for cache in (self.pde, self.pdpte, self.pml4e):
-            cache.drop(lambda number, context: paging(number, context))  # type: ignore[arg-type]
+            cache.drop(paging)
 
     def drop_combined(self, unwanted: Callable[[Context], bool]) -> None:
         """Every combined mapping of some contexts."""
@@ -333,11 +333,18 @@ def new_mmu(machine: Machine, vcpu: int) -> Mmu:
     t, g = machine.tlb_geometry, machine.walk_geometry
     assert not any(getattr(machine.vcpus, name).any() for name in ("l1_tag", "l1_2m_tag", "stlb_tag", "walk_tag"))
     masks = (g.pde_mask, g.pdpte_mask, g.pml4e_mask, g.nested_mask, g.ept_pde_mask, g.ept_pdpte_mask, g.ept_pml4e_mask)
+    pde, pdpte, pml4e, nested, ept_pde, ept_pdpte, ept_pml4e = (Turns(4 * (mask + 1)) for mask in masks)
     return Mmu(
         Array(t.l1_mask + 1, t.l1_ways.bit_length()),
         Array(t.l1_2m_mask + 1, t.l1_2m_ways.bit_length()),
         Array(t.stlb_mask + 1, t.stlb_ways.bit_length()),
         t.stlb_ways_2m.bit_length(),
-        *(Turns(4 * (mask + 1)) for mask in masks),
+        pde,
+        pdpte,
+        pml4e,
+        nested,
+        ept_pde,
+        ept_pdpte,
+        ept_pml4e,
         contexts=[(int(row[0]), int(row[1]), int(row[2])) for row in machine.vcpus.context[vcpu] if row[1]],
     )

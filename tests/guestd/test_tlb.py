@@ -5,7 +5,7 @@ import pytest
 
 from guestd import tlb as hardware
 from guestd.jit import kernel
-from guestd.tlb import MISS, Tlb, TlbGeometry, tlb_geometry
+from guestd.tlb import MISS, TlbGeometry, tlb_geometry
 from guestd.vcpu import Vcpus, new_vcpus, tlb_of
 from proto.costs import Costs
 from tests.guestd.machines import small_costs
@@ -47,8 +47,8 @@ def test_geometry_pads_ways_to_lanes(costs: Costs) -> None:
 
 
 @kernel
-def fill_2m(tlb: Tlb, geometry: TlbGeometry, table: int) -> None:
-    hardware.fill_2m(tlb, geometry, table, 0, 512 * table, 0)
+def fill_2m(vcpus: Vcpus, geometry: TlbGeometry, table: int) -> None:
+    hardware.fill_2m(tlb_of(vcpus, 0), geometry, table, 0, 512 * table, 0)
 
 
 def test_2m_entries_take_no_more_than_their_ways_of_the_stlb(costs: Costs) -> None:
@@ -58,6 +58,6 @@ def test_2m_entries_take_no_more_than_their_ways_of_the_stlb(costs: Costs) -> No
         access(vcpus, geometry, page, 0)
     before = vcpus.stlb_tag[0].copy()
     for table in range(20):
-        fill_2m(tlb_of.py_func(vcpus, 0), geometry, table)
+        fill_2m(vcpus, geometry, table)
     assert (vcpus.stlb_tag[0, 4:] == before[4:]).all()
     assert not np.intersect1d(vcpus.stlb_tag[0, :4], before).size
