@@ -5,11 +5,12 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test bench lint format pins clean
+.PHONY: help setup run test fuzz bench lint format pins clean
 
 help:
 	@echo "make run     run examples/quickstart.toml: a table, a figure, and runs/<name>/"
 	@echo "make test    lint, types, tests"
+	@echo "make fuzz    10,000 random programs of the engine against its reference (FUZZ=n for another number)"
 	@echo "make bench   engine speed, start-up time and memory per guest"
 	@echo "make pins    resolve requirements.txt again (needs pip-tools)"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -40,6 +41,10 @@ format: $(STAMP)
 
 test: lint
 	$(BIN)/pytest -q
+
+FUZZ ?= 10000
+fuzz: $(STAMP)
+	FUZZ_EXAMPLES=$(FUZZ) $(BIN)/pytest -q --timeout 0 tests/guestd/test_engine.py -k reference
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks

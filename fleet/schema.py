@@ -89,6 +89,7 @@ class Kvm(Struct):
     tlb_flush: int
     remote_tlb_flush: int
     remote_tlb_flush_requests: int
+    executions_per_request: float | UnsetType = UNSET
     exits: Counts | UnsetType = UNSET
     guest_mode_ratio: float | UnsetType = UNSET
 

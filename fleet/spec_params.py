@@ -79,6 +79,13 @@ GUEST_PARAMS = (
         ("never", "always"),
     ),
     Param(
+        "pti",
+        False,
+        "",
+        "page-table isolation: a page's flush also executes an INVPCID for the user PCID",
+        "arch/x86/mm/tlb.c, flush_tlb_one_user; off in the published guests (mitigations=off)",
+    ),
+    Param(
         "pv_tlb_flush",
         True,
         "",
@@ -202,6 +209,7 @@ def guest_kernel(values: Mapping[str, Scalar]) -> GuestKernel:
         ds_prefault=bool(values["ds_prefault"]),
         batched_unmap_flush=bool(values["batched_unmap_flush"]),
         thp=str(values["thp"]),
+        pti=bool(values["pti"]),
         pv_tlb_flush=bool(values["pv_tlb_flush"]),
         page_table_levels=int(values["page_table_levels"]),
     )

@@ -39,6 +39,7 @@ DETERMINISTIC_KEYS = (
     "vms.*.migration.**",
     "vms.*.hotness.**",
     "vms.*.time.**",
+    "vms.*.vcpu_time.**",
     "vms.*.populate.**",
     "vms.*.agent_cpu.activations",
     "vms.*.agent_cpu.modelled_s.**",

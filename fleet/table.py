@@ -52,7 +52,7 @@ def print_summary(summary: Mapping[str, Any], console: Console, where: Path | No
         console.print(line, style="dim", highlight=False)
     for line in host_lines(summary.get("host", {})):
         console.print(Text(line))
-    for line in llc_lines(summary["vms"]):
+    for line in (*llc_lines(summary["vms"]), *flush_lines(summary["vms"])):
         console.print(Text(line))
     console.print(Text(_run_line(summary)))
     for line in error_lines(summary["errors"]):
@@ -160,6 +160,16 @@ def llc_lines(vms: Sequence[Vm]) -> list[str]:
         return []
     share = sum(access["llc_hits"] for access in counted) / sum(access["total"] for access in counted)
     return [f"  last-level cache: served {100 * share:.1f} % of accesses"]
+
+
+def flush_lines(vms: Sequence[Vm]) -> list[str]:
+    """How many INVEPTs a remote flush request led to: at most one per vCPU, fewer where vCPUs were outside the guest."""
+    counted = [vm["kvm"] for vm in vms if vm.get("kvm", {}).get("remote_tlb_flush")]
+    if not counted:
+        return []
+    requests = sum(kvm["remote_tlb_flush"] for kvm in counted)
+    executions = sum(kvm["tlb_flush"] for kvm in counted) / requests
+    return [f"  remote flushes: {format_count(requests)} requests, {executions:.2f} executions each"]
 
 
 def _run_line(summary: Mapping[str, Any]) -> str:

@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 
 from fleet.in_process import InProcessFleet
-from guestd.llc import TABLE_BYTES_PER_PAGE
 from guestd.meter import meter_cost_ns
 from guestd.tiering.registry import policies as all_policies
 from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, HostKernel, Scalar
@@ -79,7 +78,7 @@ def _run(policy: str, workload: str, params: dict[str, Scalar], costs: Costs) ->
         events_path="",
     )
     # A real LLC would swallow so small a guest, and no mechanism would see an access; this one has a little of it.
-    costs = msgspec.structs.replace(costs, llc_bytes=TABLE_BYTES_PER_PAGE * _PAGES + _LLC_BYTES)
+    costs = msgspec.structs.replace(costs, llc_bytes=_LLC_BYTES)
     InProcessFleet(HostConfig(costs=costs, engine=engine, sample_ps=PS_PER_MS), [guest]).run()
 
 

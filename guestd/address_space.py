@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from guestd.errors import GuestError
-from proto.arrays import Words
+from proto.arrays import Ints, Words
 from proto.entry import MAX_PAGES
 from proto.units import PAGE_SHIFT, TABLE_PAGES, TABLE_SHIFT
 
@@ -72,6 +72,24 @@ class AddressSpace:
         """Dense index of the first page of a VMA; its pages follow consecutively."""
         return int(self.page_of(next(vma.start for vma in self.vmas if vma.name == name)))
 
+    def upper_entries(self, levels: int) -> tuple[Words, Ints]:
+        """The page-table entries above the leaves, all absent, and the number of the entry that maps each one's table.
+
+        int64[u] and int32[u]. In order: one PDE a leaf table, PDPTEs, PML4Es, with five ``levels`` PML5Es, CR3 (its own
+        parent).
+        """
+        parents: list[Words] = []
+        spans, below = self.table_gva >> (PAGE_SHIFT + TABLE_SHIFT), 0
+        for _ in range(levels - 2):
+            above, which = np.unique(spans >> TABLE_SHIFT, return_inverse=True)
+            below += spans.size
+            parents.append(below + which)
+            spans = above
+        below += spans.size
+        parents += [np.full(spans.size, below), np.array([below])]
+        parent = np.concatenate(parents).astype(np.int32)
+        return np.zeros(parent.size, np.int64), parent
+
     def first_gva(self) -> int:
         """gVA of the lowest mapped byte."""
         return self.vmas[0].start
@@ -79,8 +97,17 @@ class AddressSpace:
 
 def mmap_region(name: str, pages: int, seed: int) -> Vma:
     """A VMA of ``pages`` at the top of the mmap region, at an address drawn from ``seed``."""
-    top = _MMAP_TOP - (_draw(seed, 1) << PAGE_SHIFT)
-    return Vma(name, top - (pages << PAGE_SHIFT), pages)
+    return mmap_regions([(name, pages)], seed)[0]
+
+
+def mmap_regions(sizes: list[tuple[str, int]], seed: int) -> list[Vma]:
+    """VMAs of (name, pages), mapped one after the other: each lies right below the one before, as Linux places them."""
+    start = _MMAP_TOP - (_draw(seed, 1) << PAGE_SHIFT)
+    vmas = []
+    for name, pages in sizes:
+        start -= pages << PAGE_SHIFT
+        vmas.append(Vma(name, start, pages))
+    return vmas
 
 
 def heap_region(name: str, pages: int, seed: int) -> Vma:

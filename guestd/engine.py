@@ -11,38 +11,47 @@ timestamps. The engine returns whenever something outside it must act: accesses 
 
 import numpy as np
 
-from guestd.invalidate import apply_operation
+from guestd.instructions import ANY, invept
 from guestd.jit import assume, inline, kernel, prefetch
+from guestd.kvm import apply_operation, leave_guest, violation_wait
 from guestd.machine import Machine, S
-from guestd.pebs import (
-    EVENT_LOAD,
-    EVENT_STORE,
-    P_LOAD_PERIOD,
-    P_RECORD_PS,
-    P_STORE_PERIOD,
-    P_TAG_SPAN,
-    P_THRESHOLD_PS,
-    write_record,
+from guestd.pebs import P_RECORD_PS, sample
+from guestd.tlb import (
+    MISS,
+    TLB_DIRTY,
+    TLB_FRAME_MASK,
+    TLB_FRAME_SHIFT,
+    Tlb,
+    fill_2m,
+    fill_4k,
+    look_up_2m,
+    look_up_4k,
+    renew,
 )
-from guestd.tlb import TLB_DIRTY, TLB_FRAME_MASK, TLB_FRAME_SHIFT, TLB_TAG_SHIFT, find, touch, victim
 from guestd.vcpu import (
     CLOCK,
+    CONTEXT,
     EXIT_END,
-    EXIT_START,
-    FLUSH_AT_ENTRY,
+    FRACTURED,
+    HALTED,
+    HUGE_SEEN,
     IDLE,
     LAST_BLOCK,
     LAST_WRITTEN,
     LATENCY_BIN_SHIFT,
     LATENCY_BINS,
     LENGTH,
-    LOAD_COUNT,
+    OFF_PCPU,
+    PEBS_RECORD,
     POSITION,
-    RANDOM,
-    STORE_COUNT,
-    TAG_LEFT,
+    PREEMPTED,
+    STALL,
+    THINK,
+    THROTTLE,
+    spend,
+    tlb_of,
 )
-from guestd.walk import REFS_SHIFT, walk
+from guestd.walk import COST_MASK, REFS_SHIFT, UNBACKED, walk
 from proto.arrays import Words
 from proto.counters import C
 from proto.entry import (
@@ -53,6 +62,7 @@ from proto.entry import (
     ENTRY_VERSION_SHIFT,
     FRAME_MASK,
     FRAME_SHIFT,
+    HUGE,
     PRESENT,
     PROTNONE,
     STAMP_PAGE_SHIFT,
@@ -60,14 +70,14 @@ from proto.entry import (
     WRITABLE,
 )
 from proto.trace import LLC_HIT, LOAD, STORE
-from proto.units import PAGE_SHIFT, TABLE_SHIFT
+from proto.units import PAGE_SHIFT, TABLE_PAGES, TABLE_SHIFT
 
 REACHED, NEED_ACCESSES, FAULT, PMI, COMPLETED = 0, 1, 2, 3, 4
 """Why the engine returned: time reached; vCPU has no accesses left; its next access faults; its PMU wants service (PMI
 or an EPT violation of a record); transactions done."""
 
-CHUNK = 128
-"""Accesses per prefetch phase: their lines (three tables) fit the L1 cache of any machine."""
+CHUNK = 64
+"""Accesses per prefetch phase: their lines (three tables) leave room in the L1 cache for the vCPU's own."""
 
 _HUGE = (1 << TABLE_SHIFT << PAGE_SHIFT) - 1
 
@@ -83,191 +93,237 @@ def _prefetch_chunk(address: Words, start: int, end: int, gpt: Words, ept: Words
         prefetch(stamps, (ept[gpfn] & FRAME_MASK) >> FRAME_SHIFT)
 
 
+@inline
+def _fill(m: Machine, tlb: Tlb, field: Words, table: int, page: int, gpfn: int, context: int, frame: int,
+          dirty: int) -> None:  # fmt: skip
+    """Enter what a walk found: as 2 MiB only if both levels map so; else a 2 MiB page of the guest is fractured."""
+    if (m.tables.upper[table] & HUGE) == 0:
+        fill_4k(tlb, m.tlb_geometry, page, context, frame, dirty)
+    elif (m.tables.ept_pde[gpfn >> TABLE_SHIFT] & HUGE) == 0:
+        field[FRACTURED] = 1
+        fill_4k(tlb, m.tlb_geometry, page, context, frame, dirty)
+    else:
+        field[HUGE_SEEN] = 1
+        fill_2m(tlb, m.tlb_geometry, table, context, frame - (page & (TABLE_PAGES - 1)), dirty)
+
+
+@kernel
+def _serve_faults(m: Machine, vcpu: int, position: int, now: int, gpfn: int) -> int:
+    """Pay for the faults that were taken before the access at ``position``, which is to gPA ``gpfn``; the time, ps."""
+    vcpus = m.vcpus
+    lost = vcpus.fault_ps[vcpu, position]
+    vcpus.ledger[vcpu, vcpus.fault_part[vcpu, position]] += lost
+    vcpus.fault_ps[vcpu, position] = 0
+    outside = vcpus.exit_ps[vcpu, position]
+    if outside != 0:
+        outside += violation_wait(m, now + lost, gpfn)
+        leave_guest(vcpus.field[vcpu], now + lost, outside)
+        vcpus.ledger[vcpu, vcpus.exit_part[vcpu, position]] += outside
+        vcpus.exit_ps[vcpu, position] = 0
+    return lost + outside
+
+
 @kernel
 def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     """Run one vCPU until its clock reaches ``until`` ps, or something else must act first."""
     vcpus = m.vcpus
     field = vcpus.field[vcpu]
     if field[IDLE] == 1:
-        field[CLOCK] = max(field[CLOCK], until)
+        spend(vcpus, vcpu, HALTED, max(0, until - field[CLOCK]))
         return REACHED
-    tlb, recent = vcpus.tlb[vcpu], vcpus.tlb_recent[vcpu]
-    sets = recent.size
-    ways = tlb.size // sets
+    tlb, geometry = tlb_of(vcpus, vcpu), m.tlb_geometry
+    walk_tag, walk_turn, chain = vcpus.walk_tag[vcpu], vcpus.walk_turn[vcpu], vcpus.chain[vcpu]
     address, kinds, think = vcpus.address[vcpu], vcpus.kind[vcpu], vcpus.think_ps[vcpu]
-    fault_ps, exit_ps = vcpus.fault_ps[vcpu], vcpus.exit_ps[vcpu]
-    histogram = vcpus.histogram[vcpu]
-    pde, pde_recent = vcpus.pde[vcpu], vcpus.pde_recent[vcpu]
-    nested, nested_recent = vcpus.nested[vcpu], vcpus.nested_recent[vcpu]
-    ept_pde, ept_pde_recent = vcpus.ept_pde[vcpu], vcpus.ept_pde_recent[vcpu]
-    table_gpfn, table_slow, price = m.table_gpfn, m.table_slow, m.price
-    gpt, ept, stamps = m.gpt, m.ept, m.stamps
-    counters, state, params = m.counters, m.state, m.ds.params
+    retries = vcpus.retries[vcpu]
+    ledger, histogram = vcpus.ledger[vcpu], vcpus.histogram[vcpu]
+    gpt, ept, stamps, tables, upper = m.gpt, m.ept, m.stamps, m.tables, m.tables.upper
+    counters, state, price = m.counters, m.state, m.price
     latency_ps, read_bytes, write_bytes, budget = m.latency_ps, m.read_bytes, m.write_bytes, m.budget
-    owner, slow_frames, mlp, stlb_hit = state[S.OWNER], state[S.SLOW_FRAMES], state[S.MLP_Q8], state[S.STLB_HIT_PS]
-    llc_ps = state[S.LLC_PS]
-    load_period, store_period = params[P_LOAD_PERIOD], params[P_STORE_PERIOD]
+    owner, slow_frames, mlp = state[S.OWNER], state[S.SLOW_FRAMES], state[S.MLP_Q8]
+    stlb_hit_ps, llc_ps = state[S.STLB_HIT_PS], state[S.LLC_PS]
+    context = field[CONTEXT]
+    eptp = vcpus.context[vcpu, context, 0]
+    sampled = m.ds.gpfn.size > 0
 
-    clock, position, length = field[CLOCK], field[POSITION], field[LENGTH]
-    last_block, last_written = field[LAST_BLOCK], field[LAST_WRITTEN]
-    left = state[S.LEFT]
-    prefetched = position
-    total = slow_total = hits = loads = stores = misses = assists = walks = refs = walk_total = stall = thought = (
-        bad
-    ) = 0
+    clock, start, length = field[CLOCK], field[POSITION], field[LENGTH]
+    last_block, last_written, left = field[LAST_BLOCK], field[LAST_WRITTEN], state[S.LEFT]
+    end = min(length, start + left) if left >= 0 else length
+    began, position, prefetched = clock, start, start
+    thought = elsewhere = 0
+    slow_total = stores = plain_stores = llc_hits = stlb_hits = misses = assists = retried = refs = walk_total = bad = 0
     reason = REACHED
     while clock < until:
-        if position == length:
-            reason = NEED_ACCESSES
-            break
-        if left == 0:
-            reason = COMPLETED
+        if position == end:
+            reason = NEED_ACCESSES if left != position - start else COMPLETED
             break
         if position == prefetched:
-            prefetched = min(length, position + CHUNK)
+            prefetched = min(end, position + CHUNK)
             _prefetch_chunk(address, position, prefetched, gpt, ept, stamps)
 
         assume(position >= 0)
         a = address[position]
         assume(a >= 0)
-        kind = kinds[position] & ~LLC_HIT
-        hit = kinds[position] >= LLC_HIT
-        page = a >> PAGE_SHIFT
+        kind = kinds[position]
+        cached = kind >= LLC_HIT
+        kind &= ~LLC_HIT & 0xFF
         write = kind != LOAD
+        again = retries[position]
+        page = a >> PAGE_SHIFT
         g = gpt[page]
-        index = page & (sets - 1)
-        assume(index >= 0)
-        base = index * ways
-        way = find(tlb, base, ways, page + 1, TLB_TAG_SHIFT)
-        walk_ps = 0
-        if way >= 0 and not (write and (tlb[base + way] & TLB_DIRTY) == 0):
-            walk_ps = stlb_hit
-            frame = (tlb[base + way] >> TLB_FRAME_SHIFT) & TLB_FRAME_MASK
+        gpfn = (g & FRAME_MASK) >> FRAME_SHIFT
+        frame = walk_ps = 0
+        found = look_up_4k(tlb, geometry, page, context)
+        if found != MISS:
+            frame = (found >> 1 >> TLB_FRAME_SHIFT) & TLB_FRAME_MASK
+        elif field[HUGE_SEEN] == 1:
+            found = look_up_2m(tlb, geometry, page >> TABLE_SHIFT, context)
+            if found != MISS:
+                frame = ((found >> 1 >> TLB_FRAME_SHIFT) & TLB_FRAME_MASK) + (page & (TABLE_PAGES - 1))
+        if found != MISS and not (write and ((found >> 1) & TLB_DIRTY) == 0):
+            if found & 1 == 1:
+                walk_ps = stlb_hit_ps
+                stlb_hits += 1
         else:
-            if (g & PRESENT) == 0 or (g & PROTNONE) != 0 or (write and (g & WRITABLE) == 0):
-                reason = FAULT
-                break
-            gpfn = (g & FRAME_MASK) >> FRAME_SHIFT
             e = ept[gpfn]
-            if (e & PRESENT) == 0 or (write and (e & WRITABLE) == 0):
+            if (g & (PRESENT | PROTNONE)) != PRESENT or (e & PRESENT) == 0 or (write and (g & e & WRITABLE) == 0):
                 reason = FAULT
                 break
-            bits = ACCESSED | DIRTY if write else ACCESSED
-            if (g & bits) != bits:
-                g |= bits
-                gpt[page] = g
-            if (e & bits) != bits:
-                ept[gpfn] = e | bits
             frame = (e & FRAME_MASK) >> FRAME_SHIFT
             table = page >> TABLE_SHIFT
-            walked = walk(pde, pde_recent, nested, nested_recent, ept_pde, ept_pde_recent, field, table,
-                          table_gpfn[table], table_slow[table], gpfn, price)  # fmt: skip
-            walk_ps = walked & ((1 << REFS_SHIFT) - 1)
+            walked = walk(walk_tag, walk_turn, m.walk_geometry, tables, chain, ept, table, gpfn, context, eptp,
+                          slow_frames, state[S.EPT_EPOCH], price)  # fmt: skip
+            if walked == UNBACKED:
+                reason = FAULT
+                break
+            if again != 0:
+                # Each fault that the access took had cost a walk of its own, of which this one finds the traces.
+                retried += again
+                refs += again * (walked >> REFS_SHIFT)
+                walk_ps = again * (walked & COST_MASK)
             refs += walked >> REFS_SHIFT
-            walks += 1
+            walk_ps += walked & COST_MASK
             walk_total += walk_ps
-            if way >= 0:
-                assists += 1
-            else:
+            bits = ACCESSED | DIRTY if write else ACCESSED
+            if (upper[table] & HUGE) != 0:
+                upper[table] |= bits
+            elif (g & bits) != bits:
+                g |= bits
+                gpt[page] = g
+            if (tables.ept_pde[gpfn >> TABLE_SHIFT] & HUGE) != 0:
+                tables.ept_pde[gpfn >> TABLE_SHIFT] |= bits
+            elif (e & bits) != bits:
+                ept[gpfn] = e | bits
+            if found == MISS:
                 misses += 1
-                way = victim(recent, index)
-            tlb[base + way] = ((page + 1) << TLB_TAG_SHIFT) | (frame << TLB_FRAME_SHIFT) | (TLB_DIRTY if write else 0)
-        assume(way >= 0)
-        touch(recent, index, way, ways)
+                _fill(m, tlb, field, table, page, gpfn, context, frame, TLB_DIRTY if write else 0)
+            else:
+                assists += 1
+                renew(tlb, geometry, page, table, context, frame, TLB_DIRTY if write else 0)
 
+        assume(frame >= 0)
         slow = 1 if frame >= slow_frames else 0
         local = 1 if (a >> 8) == last_block else 0
-        if not hit and (budget[0, slow] <= 0 or (write and budget[1, slow] <= 0)):
-            counters[C.time__throttle_ps] += state[S.END_PS] - clock
-            clock = state[S.END_PS]
+        if not cached and (budget[0, slow] <= 0 or (write and budget[1, slow] <= 0)):
+            # The translation is kept: what it took is paid now, and the access goes on in the next quantum.
+            clock += (walk_ps * mlp) >> 8
+            lost = max(0, state[S.END_PS] - clock)
+            clock += lost
+            elsewhere += lost
+            ledger[THROTTLE] += lost
             break
-        if fault_ps[position] != 0:
-            clock += fault_ps[position]
-            fault_ps[position] = 0
-        if exit_ps[position] != 0:
-            field[EXIT_START] = clock
-            clock += exit_ps[position]
-            field[EXIT_END] = clock
-            field[FLUSH_AT_ENTRY] = 0
-            exit_ps[position] = 0
+        if again != 0:
+            retries[position] = 0
+            lost = _serve_faults(m, vcpu, position, clock, gpfn)
+            clock += lost
+            elsewhere += lost
 
         stamp = stamps[frame]
         if stamp != (owner | (page << STAMP_PAGE_SHIFT) | ((g >> ENTRY_VERSION_SHIFT) & STAMP_VERSION_MASK)):
             bad += 1
-        if hit:
+        latency = walk_ps + latency_ps[slow, local]
+        if cached:
             latency = walk_ps + llc_ps
-            hits += 1
+            llc_hits += 1
         else:
-            latency = walk_ps + latency_ps[slow, local]
             last_block = a >> 8
             budget[0, slow] -= read_bytes[slow, local]
-            if write:
-                budget[1, slow] -= write_bytes[slow, 1 if last_block == last_written else 0]
-                last_written = last_block
-        cost = (latency * mlp) >> 8
         if write:
             stores += 1
             gpt[page] = (g & ~ENTRY_VERSION_MASK) | ((g + ENTRY_VERSION_ONE) & ENTRY_VERSION_MASK)
             stamps[frame] = (stamp & ~STAMP_VERSION_MASK) | ((stamp + 1) & STAMP_VERSION_MASK)
-        clock += think[position] + cost
+            if not cached:
+                budget[1, slow] -= write_bytes[slow, 1 if last_block == last_written else 0]
+                last_written = last_block
+            if kind == STORE:
+                plain_stores += 1
+        clock += think[position] + ((latency * mlp) >> 8)
         thought += think[position]
-        stall += cost
         histogram[min(latency >> LATENCY_BIN_SHIFT, LATENCY_BINS - 1)] += 1
         slow_total += slow
-        total += 1
-        left -= 1
         position += 1
-
-        if kind != STORE:
-            loads += 1
-            if load_period > 0:
-                field[TAG_LEFT] -= 1
-                if field[TAG_LEFT] <= 0:
-                    field[RANDOM] = (field[RANDOM] * 1103515245 + 12345) & 0x7FFFFFFF
-                    field[TAG_LEFT] = 1 + (field[RANDOM] >> 8) % params[P_TAG_SPAN]
-                    if latency >= params[P_THRESHOLD_PS]:
-                        field[LOAD_COUNT] += 1
-                        if field[LOAD_COUNT] >= load_period:
-                            field[LOAD_COUNT] = 0
-                            gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
-                            pmi = write_record(m.ds, ept, field, vcpu, EVENT_LOAD, clock, gva, slow, latency, counters)
-                            clock += params[P_RECORD_PS]
-                            counters[C.time__stolen_ps] += params[P_RECORD_PS]
-                            if pmi:
-                                reason = PMI
-                                break
-        if write and store_period > 0:
-            field[STORE_COUNT] += 1
-            if field[STORE_COUNT] >= store_period:
-                field[STORE_COUNT] = 0
-                gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
-                pmi = write_record(m.ds, ept, field, vcpu, EVENT_STORE, clock, gva, slow, latency, counters)
-                clock += params[P_RECORD_PS]
-                counters[C.time__stolen_ps] += params[P_RECORD_PS]
-                if pmi:
+        if sampled:
+            gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
+            recorded = sample(m.ds, ept, field, vcpu, kind, clock, gva, slow, latency, counters)
+            if recorded != 0:
+                lost = (recorded >> 1) * m.ds.params[P_RECORD_PS]
+                clock += lost
+                elsewhere += lost
+                ledger[PEBS_RECORD] += lost
+                if recorded & 1 == 1:
                     reason = PMI
                     break
 
+    total = position - start
     field[CLOCK] = clock
     field[POSITION] = position
-    field[LAST_BLOCK], field[LAST_WRITTEN] = last_block, last_written
-    state[S.LEFT] = left
+    field[LAST_BLOCK] = last_block
+    field[LAST_WRITTEN] = last_written
+    if left >= 0:
+        state[S.LEFT] = left - total
+    ledger[THINK] += thought
+    ledger[STALL] += clock - began - thought - elsewhere
     counters[C.access__total] += total
     counters[C.access__fast] += total - slow_total
     counters[C.access__slow] += slow_total
-    counters[C.access__llc_hits] += hits
-    counters[C.access__loads] += loads
+    counters[C.access__llc_hits] += llc_hits
+    counters[C.access__loads] += total - plain_stores
     counters[C.access__stores] += stores
     counters[C.access__tlb_misses] += misses
+    counters[C.access__stlb_hits] += stlb_hits
     counters[C.access__dirty_assists] += assists
-    counters[C.access__walks] += walks
+    counters[C.access__fault_retries] += retried
+    counters[C.access__walks] += misses + assists + retried
     counters[C.access__walk_refs] += refs
     counters[C.access__walk_ps] += walk_total
-    counters[C.access__stall_ps] += stall
-    counters[C.access__think_ps] += thought
     counters[C.integrity__accesses_checked] += total
     counters[C.integrity__mismatches] += bad
     return reason
+
+
+@inline
+def _preempted(m: Machine, vcpu: int, now: int, until: int) -> bool:
+    """Whether another vCPU of the fleet has the pCPU in [now, until), which lies in one slice of the host's scheduler.
+
+    vCPU i of the fleet runs on pCPU i mod n; the vCPUs of a pCPU take turns. When it comes back, what it had cached is
+    taken to be displaced by those that ran meanwhile: a slice is long enough to fill the TLB many times over.
+    """
+    state, field = m.state, m.vcpus.field[vcpu]
+    number = state[S.FIRST_VCPU] + vcpu
+    pcpu = number % state[S.PCPUS]
+    sharers = (state[S.FLEET_VCPUS] - 1 - pcpu) // state[S.PCPUS] + 1
+    if (now // state[S.HOST_SLICE_PS]) % sharers == number // state[S.PCPUS]:
+        if field[OFF_PCPU] == 1:
+            field[OFF_PCPU] = 0
+            invept(m.vcpus, vcpu, m.walk_geometry, ANY)
+        return False
+    away = max(0, until - field[CLOCK])
+    if field[OFF_PCPU] == 0:
+        field[OFF_PCPU] = 1
+        m.counters[C.exit__preempted] += 1
+        leave_guest(field, field[CLOCK], away)
+    field[EXIT_END] = max(field[EXIT_END], until)
+    spend(m.vcpus, vcpu, PREEMPTED, away)
+    return True
 
 
 @kernel
@@ -277,14 +333,18 @@ def run(m: Machine, operations: np.ndarray, until: int) -> int:
     Returns the reason; for all but REACHED, ``state[S.TURN]`` names the vCPU, and the next call resumes there.
     """
     state = m.state
-    slice_ps = state[S.SLICE_PS]
+    slice_ps, host_slice_ps = state[S.SLICE_PS], state[S.HOST_SLICE_PS]
     while True:
         now = state[S.NOW]
         boundary = min(until, (now // slice_ps + 1) * slice_ps)
+        if state[S.PCPUS] > 0:
+            boundary = min(boundary, (now // host_slice_ps + 1) * host_slice_ps)
         next_operation = state[S.OPERATION]
         if next_operation < operations.size:
             boundary = min(boundary, max(now, operations[next_operation].time_ps))
         for vcpu in range(state[S.TURN], m.vcpus.field.shape[0]):
+            if state[S.PCPUS] > 0 and m.vcpus.field[vcpu, IDLE] == 0 and _preempted(m, vcpu, now, boundary):
+                continue
             reason = _run_vcpu(m, vcpu, boundary)
             if reason != REACHED:
                 state[S.TURN] = vcpu
@@ -292,7 +352,7 @@ def run(m: Machine, operations: np.ndarray, until: int) -> int:
         state[S.TURN] = 0
         state[S.NOW] = boundary
         while next_operation < operations.size and operations[next_operation].time_ps <= boundary:
-            apply_operation(m.vcpus, m.ept, m.stamps, state, m.budget, operations[next_operation], m.counters)
+            apply_operation(m, operations[next_operation])
             next_operation += 1
         state[S.OPERATION] = next_operation
         if boundary >= until:

@@ -6,18 +6,23 @@ without an EPT mapping are listed for one `EptFault` message. Every fault is cha
 would have met it; only its side effects come up to one block early (the invariance law bounds what that moves).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from guestd.jit import inline, kernel
+from guestd.machine import Machine
 from guestd.mm.nodes import NO_PAGE, Nodes, allocate, lru_add
-from guestd.vcpu import LENGTH, POSITION, Vcpus
+from guestd.vcpu import EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, LENGTH, MINOR_FAULT, POSITION, Vcpus
+from guestd.walk import PageTables
 from proto.arrays import Bytes, Words
-from proto.counters import C, Counters
+from proto.counters import C
 from proto.entry import (
     DIRTY,
     ENTRY_VERSION_SHIFT,
     FRAME_MASK,
     FRAME_SHIFT,
+    HUGE,
     PRESENT,
     PROTNONE,
     STAMP_PAGE_SHIFT,
@@ -37,21 +42,37 @@ HINT_BATCH = 32
 """Hint faults taken at a time, so that kswapd can free frames between promotions as it would (SWAP_CLUSTER_MAX)."""
 
 
-class Batch:
-    """What one look-ahead found. Arrays are int64[block] unless said otherwise; the counts say how much is filled."""
+class Batch(NamedTuple):
+    """What one look-ahead found; the counts say how much is filled."""
 
-    def __init__(self, block: int) -> None:
-        self.hint_page = np.zeros(HINT_BATCH, np.int64)
-        self.hint_position = np.zeros(HINT_BATCH, np.int64)
-        self.gpfn = np.zeros(3 * block, np.int64)
-        self.gpfn_position = np.zeros(3 * block, np.int64)
-        self.gpfn_old = np.zeros(3 * block, np.uint8)
-        """uint8: 1 if the page had been mapped before, so that the violation is management's doing."""
-        self.fresh = np.zeros(2 * block, np.int64)
-        """Pages (or STAMP_TABLE_BASE + table) that got a frame and are to be cleared once the EPT maps it."""
-        self.fresh_gpfn = np.zeros(2 * block, np.int64)
-        self.counts = np.zeros(4, np.int64)
-        """hint, gpfn, fresh, state (OUT_OF_MEMORY)."""
+    hint_page: Words
+    """int64[HINT_BATCH]: pages under PROT_NONE, each with the position of the access."""
+    hint_position: Words
+    gpfn: Words
+    """int64[n]: gPA frames that the EPT does not map, each with the position of the access that meets it."""
+    gpfn_position: Words
+    gpfn_old: Bytes
+    """uint8[n]: 1 if it had been mapped before, so that the violation is management's doing."""
+    fresh: Words
+    """int64[n]: pages (or STAMP_TABLE_BASE + table) that got a frame and are to be cleared once the EPT maps it."""
+    fresh_gpfn: Words
+    counts: Words
+    """int64[4]: hints, gPA frames, fresh, state (OUT_OF_MEMORY)."""
+
+
+def new_batch(block: int) -> Batch:
+    """Room for what ``block`` accesses can meet: a page each, and the tables on the way to it."""
+    room = 6 * block + 16
+    return Batch(
+        np.zeros(HINT_BATCH, np.int64),
+        np.zeros(HINT_BATCH, np.int64),
+        np.zeros(room, np.int64),
+        np.zeros(room, np.int64),
+        np.zeros(room, np.uint8),
+        np.zeros(room, np.int64),
+        np.zeros(room, np.int64),
+        np.zeros(4, np.int64),
+    )
 
 
 @inline
@@ -59,21 +80,58 @@ def _backed(ept: Words, gpfn: int) -> bool:
     return bool((ept[gpfn] & PRESENT) != 0)
 
 
+@inline
+def _list_gpfn(batch: Batch, gpfn: int, position: int, old: int) -> None:
+    found = batch.counts[1]
+    batch.gpfn[found], batch.gpfn_position[found], batch.gpfn_old[found] = gpfn, position, old
+    batch.counts[1] = found + 1
+
+
+@inline
+def _list_fresh(batch: Batch, name: int, gpfn: int) -> None:
+    new = batch.counts[2]
+    batch.fresh[new], batch.fresh_gpfn[new] = name, gpfn
+    batch.counts[2] = new + 1
+
+
+@inline
+def _reach_table(m: Machine, nodes: Nodes, batch: Batch, table: int, position: int, node: int) -> bool:
+    """Allocate what tables are missing on the way to leaf table ``table``; false if there is no frame left."""
+    upper, parent = m.tables.upper, m.tables.parent
+    number = table
+    enough = True
+    while enough:
+        entry = upper[number]
+        if (entry & PRESENT) == 0:
+            frame = allocate(nodes, node)
+            if frame == NO_PAGE:
+                enough = False
+            else:
+                upper[number] = (frame << FRAME_SHIFT) | PRESENT | WRITABLE | QUEUED
+                _list_fresh(batch, STAMP_TABLE_BASE + number, frame)
+                if not _backed(m.ept, frame):
+                    _list_gpfn(batch, frame, position, 0)
+        elif (entry & (QUEUED | HUGE)) == 0 and not _backed(m.ept, (entry & FRAME_MASK) >> FRAME_SHIFT):
+            upper[number] = entry | QUEUED
+            _list_gpfn(batch, (entry & FRAME_MASK) >> FRAME_SHIFT, position, 1)
+        if parent[number] == number:
+            break
+        number = parent[number]
+    return enough
+
+
 @kernel
-def collect(
-    vcpus: Vcpus, vcpu: int, block: int, gpt: Words, ept: Words, nodes: Nodes, table_gpfn: Words, prefer: Bytes,
-    default_node: int, fault_ps: int, hint_page: Words, hint_position: Words, gpfns: Words, gpfn_position: Words,
-    gpfn_old: Bytes, fresh: Words, fresh_gpfn: Words, counts: Words, counters: Counters,
-) -> None:  # fmt: skip
+def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, default_node: int, fault_ps: int,
+            batch: Batch) -> None:  # fmt: skip
     """Look through up to ``block`` accesses of ``vcpu`` from its position on and gather their faults.
 
     ``prefer``: uint8[pages] preferred node per page, or empty for ``default_node``.
     """
+    vcpus, gpt, ept = m.vcpus, m.gpt, m.ept
     start = vcpus.field[vcpu, POSITION]
     end = min(vcpus.field[vcpu, LENGTH], start + block)
-    hints = found = new = 0
-    counts[3] = 0
-    ahead = 0
+    batch.counts[:] = 0
+    ahead = hints = 0
     for position in range(start, end):
         page = vcpus.address[vcpu, position] >> PAGE_SHIFT
         entry = gpt[page]
@@ -87,47 +145,42 @@ def collect(
                     end = position
                     break
                 gpt[page] = entry | QUEUED
-                hint_page[hints], hint_position[hints] = page, position
+                batch.hint_page[hints], batch.hint_position[hints] = page, position
                 hints += 1
-        elif (entry & PRESENT) == 0:
-            node = prefer[page] if prefer.size > 0 else default_node
-            table = page >> TABLE_SHIFT
-            if table_gpfn[table] == NO_FRAME:
-                frame = allocate(nodes, default_node)
-                if frame == NO_PAGE:
-                    counts[3] = OUT_OF_MEMORY
-                    break
-                table_gpfn[table] = frame
-                fresh[new], fresh_gpfn[new] = STAMP_TABLE_BASE + table, frame
-                new += 1
-                if not _backed(ept, frame):
-                    gpfns[found], gpfn_position[found], gpfn_old[found] = frame, position, 0
-                    found += 1
-            frame = allocate(nodes, node)
+            continue
+        if not _reach_table(m, nodes, batch, page >> TABLE_SHIFT, position, default_node):
+            batch.counts[3] = OUT_OF_MEMORY
+            break
+        if (entry & PRESENT) == 0:
+            frame = allocate(nodes, prefer[page] if prefer.size > 0 else default_node)
             if frame == NO_PAGE:
-                counts[3] = OUT_OF_MEMORY
+                batch.counts[3] = OUT_OF_MEMORY
                 break
             nodes.page[frame] = page
             lru_add(nodes, frame, 0)
             gpt[page] = (entry & ~FRAME_MASK) | (frame << FRAME_SHIFT) | PRESENT | WRITABLE | QUEUED
-            fresh[new], fresh_gpfn[new] = page, frame
-            new += 1
+            _list_fresh(batch, page, frame)
             vcpus.fault_ps[vcpu, position] += fault_ps
-            counters[C.vmstat__pgfault] += 1
-            counters[C.time__fault_ps] += fault_ps
+            vcpus.fault_part[vcpu, position] = MINOR_FAULT
+            vcpus.retries[vcpu, position] += 1
+            m.counters[C.vmstat__pgfault] += 1
             if not _backed(ept, frame):
-                gpfns[found], gpfn_position[found], gpfn_old[found] = frame, position, 0
-                found += 1
+                _list_gpfn(batch, frame, position, 0)
         else:
             frame = (entry & FRAME_MASK) >> FRAME_SHIFT
             if (entry & QUEUED) == 0 and not _backed(ept, frame):
                 gpt[page] = entry | QUEUED
-                gpfns[found], gpfn_position[found], gpfn_old[found] = frame, position, 1
-                found += 1
-    counts[0], counts[1], counts[2] = hints, found, new
+                _list_gpfn(batch, frame, position, 1)
+    batch.counts[0] = hints
     for position in range(start, end):
         page = vcpus.address[vcpu, position] >> PAGE_SHIFT
         gpt[page] = gpt[page] & ~QUEUED
+        number = page >> TABLE_SHIFT
+        while (m.tables.upper[number] & PRESENT) != 0:
+            m.tables.upper[number] &= ~QUEUED
+            if m.tables.parent[number] == number:
+                break
+            number = m.tables.parent[number]
 
 
 @kernel
@@ -149,13 +202,35 @@ def clear_fresh(ept: Words, stamps: Words, owner: int, fresh: Words, fresh_gpfn:
 
 
 @kernel
-def charge(amount: Words, positions: Words, cost_ps: Words) -> int:
-    """Add ``cost_ps[i]`` to ``amount[positions[i]]``; returns the sum."""
-    total = 0
-    for i in range(positions.size):
-        amount[positions[i]] += cost_ps[i]
-        total += cost_ps[i]
-    return total
+def charge_violations(vcpus: Vcpus, vcpu: int, batch: Batch, cost_ps: Words) -> None:
+    """Charge each EPT violation of the batch (cost_ps: int64[n], ps) to the access that meets it.
+
+    Frames that were never mapped are met by the kernel, which clears them; the others by the access's own walk.
+    """
+    for i in range(cost_ps.size):
+        position = batch.gpfn_position[i]
+        if batch.gpfn_old[i] == 1:
+            vcpus.exit_part[vcpu, position] = EPT_REFAULT
+            vcpus.retries[vcpu, position] += 1
+        elif vcpus.exit_ps[vcpu, position] == 0:
+            vcpus.exit_part[vcpu, position] = EPT_VIOLATION
+        vcpus.exit_ps[vcpu, position] += cost_ps[i]
+
+
+@kernel
+def charge_hints(vcpus: Vcpus, vcpu: int, batch: Batch, cost_ps: Words) -> None:
+    """Charge each NUMA hint fault of the batch (cost_ps: int64[n], ps) to the access that takes it."""
+    for i in range(cost_ps.size):
+        position = batch.hint_position[i]
+        vcpus.fault_ps[vcpu, position] += cost_ps[i]
+        vcpus.fault_part[vcpu, position] = HINT_FAULT
+        vcpus.retries[vcpu, position] += 1
+
+
+def table_frames(tables: PageTables) -> Words:
+    """gPA frame of the table that each entry above the leaves maps (int64[u]); NO_FRAME where there is none."""
+    mapped = (tables.upper & (PRESENT | HUGE)) == PRESENT
+    return np.where(mapped, (tables.upper & FRAME_MASK) >> FRAME_SHIFT, NO_FRAME)
 
 
 @kernel
@@ -180,12 +255,3 @@ def verify(gpt: Words, ept: Words, stamps: Words, owner: int, kernel_gpfn: Words
             if (i < tables or entry != 0) and stamp != (owner | ((STAMP_TABLE_BASE + i) << STAMP_PAGE_SHIFT)):
                 bad += 1
     return checked, bad
-
-
-@kernel
-def locate_tables(ept: Words, table_gpfn: Words, slow_frames: int, out: Words) -> None:
-    """Which page-table pages lie in the slow tier now (``out``: int64[tables], 1 = slow), as the EPT has them."""
-    for table in range(table_gpfn.size):
-        if table_gpfn[table] != NO_FRAME:
-            frame = (ept[table_gpfn[table]] & FRAME_MASK) >> FRAME_SHIFT
-            out[table] = 1 if frame >= slow_frames else 0

@@ -18,11 +18,20 @@ from guestd import engine
 from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI
 from guestd.errors import GuestError
 from guestd.events import EventLog
-from guestd.fault import OUT_OF_MEMORY, Batch, charge, clear_fresh, collect, verify
+from guestd.fault import (
+    OUT_OF_MEMORY,
+    charge_hints,
+    charge_violations,
+    clear_fresh,
+    collect,
+    new_batch,
+    table_frames,
+    verify,
+)
 from guestd.guest_view import EptFaultCall, GuestView
 from guestd.hotness import placement_by_heat
-from guestd.llc import data_share
-from guestd.machine import S, new_machine, price_walks
+from guestd.kvm import ept_changed, leave_guest
+from guestd.machine import S, new_machine
 from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter, metered
 from guestd.mm.nodes import FAST, NO_PAGE, WMARK_LOW, allocate, new_nodes
 from guestd.params import resolve
@@ -32,16 +41,25 @@ from guestd.threads import Threads
 from guestd.tiering.policy import Tiering
 from guestd.tiering.registry import policies
 from guestd.vcpu import (
+    AGENT,
     CLOCK,
+    CONTEXT_SWITCH,
     DS_FAULT,
     DS_INDEX,
-    EXIT_END,
-    EXIT_START,
+    EPT_REFAULT,
     FLUSH_AT_ENTRY,
+    HALTED,
     IDLE,
+    KTHREAD_END,
+    KTHREAD_START,
     LENGTH,
+    PMI_EXIT,
     POSITION,
+    book,
+    total_time,
 )
+from guestd.vcpu import INTERRUPT as IRQ
+from guestd.walk import price_walks
 from guestd.workloads.base import Buffer
 from guestd.workloads.registry import workloads
 from proto.arrays import Words
@@ -90,12 +108,12 @@ class Guest:
         heat = self.workload.heat() if self.policy.places_by_heat else None
         self._prefer = (
             placement_by_heat(
-                heat, config.fast_pages - int(self.nodes.watermark[FAST, WMARK_LOW]) - self.workload.space.tables
+                heat, config.fast_pages - int(self.nodes.watermark[FAST, WMARK_LOW]) - self.machine.tables.upper.size
             )
             if heat is not None
             else np.zeros(0, np.uint8)
         )
-        self._batch = Batch(config.engine.block)
+        self._batch = new_batch(config.engine.block)
         self._samples = np.zeros((self.machine.ds.records.shape[1], 5), np.int64)
         self._buffers = [
             Buffer(self.machine.vcpus.address[v], self.machine.vcpus.kind[v], self.machine.vcpus.think_ps[v])
@@ -173,9 +191,11 @@ class Guest:
         machine.latency_ps[:] = np.array(message.latency_ps).reshape(2, 2)
         machine.budget[:] = np.array(message.bandwidth_budget).reshape(2, 2)
         before = machine.budget.copy()
-        used_pages = int((self.nodes.managed - self.nodes.free_count).sum())
-        price_walks(machine, self.config.costs, used_pages, message.llc_bytes)
-        self.workload.set_llc(data_share(message.llc_bytes, used_pages))
+        used = int((self.nodes.managed - self.nodes.free_count).sum())
+        self.workload.set_llc(
+            price_walks(machine.price, self.config.costs, used, message.llc_bytes, machine.latency_ps)
+        )
+        ept_changed(machine)
         operations = np.frombuffer(message.operations, OPERATION)
         while self.now < until and not self.finished:
             target = min(until, self._timers[0][0] if self._timers else FOREVER)
@@ -194,6 +214,7 @@ class Guest:
             while self._timers and self._timers[0][0] <= self.now and not self.finished:
                 heapq.heappop(self._timers)[2]()
         self._events.flush()
+        total_time(machine.vcpus, machine.counters)
         return Tick(
             time_ps=until,
             phase=self.phase,
@@ -237,12 +258,14 @@ class Guest:
         """The last vCPU has no first touch left: all of them start the run together."""
         field, state = self.machine.vcpus.field, self.machine.state
         now = int(field[:, CLOCK].max())
-        field[:, CLOCK] = now
+        for vcpu in range(self.config.vcpus):
+            book(self.machine.vcpus, vcpu, HALTED, now - int(field[vcpu, CLOCK]))
         field[:, IDLE] = field[:, FLUSH_AT_ENTRY] = 0
         state[S.LEFT] = self.config.transactions or -1
         self.run_started_ps = now
         self.phase = "run"
         self.machine.vcpus.histogram[:] = 0
+        total_time(self.machine.vcpus, self.machine.counters)
         self.populated = Snapshot.take(self.machine.counters, self.meter)
         self._events.add(now, "phase", 0, 0, 1)
 
@@ -252,19 +275,13 @@ class Guest:
         machine, config, batch = self.machine, self.config, self._batch
         vcpus, counters = machine.vcpus, machine.counters
         vcpu = int(machine.state[S.TURN])
-        collect(
-            vcpus, vcpu, config.engine.block, machine.gpt, machine.ept, self.nodes, machine.table_gpfn,
-            self._prefer, FAST, config.costs.minor_fault_ps, batch.hint_page, batch.hint_position,
-            batch.gpfn, batch.gpfn_position, batch.gpfn_old, batch.fresh, batch.fresh_gpfn, batch.counts, counters,
-        )  # fmt: skip
+        collect(machine, vcpu, config.engine.block, self.nodes, self._prefer, FAST, config.costs.minor_fault_ps, batch)
         hints, gpfns, fresh, state = (int(count) for count in batch.counts)
         now = int(vcpus.field[vcpu, CLOCK])
         if gpfns:
             cost = self._ept_fault(now, batch.gpfn[:gpfns], np.ones(gpfns, np.uint8))
-            total = int(charge(vcpus.exit_ps[vcpu], batch.gpfn_position[:gpfns], cost))
+            charge_violations(vcpus, vcpu, batch, cost)
             counters[C.exit__ept_violation] += gpfns
-            counters[C.time__exit_ps] += total
-            counters[C.time__stolen_ps] += int(cost[batch.gpfn_old[:gpfns] == 1].sum())
         if fresh and clear_fresh(machine.ept, machine.stamps, int(machine.state[S.OWNER]), batch.fresh[:fresh],
             batch.fresh_gpfn[:fresh],
         ):  # fmt: skip
@@ -272,9 +289,7 @@ class Guest:
         if hints:
             pages = batch.hint_page[:hints]
             cost = self._activate(TASK, vcpu, self.tiering.on_hint_faults, pages, at=now, charge_vcpu=False)
-            total = int(charge(vcpus.fault_ps[vcpu], batch.hint_position[:hints], cost))
-            counters[C.time__fault_ps] += total
-            counters[C.time__stolen_ps] += total
+            charge_hints(vcpus, vcpu, batch, cost)
         self._wake_kswapd(now)
         if state != OUT_OF_MEMORY and not (hints or gpfns or fresh):
             raise GuestError("an access cannot be translated, and no fault says why; the policy left an entry unusable")
@@ -301,7 +316,7 @@ class Guest:
 
     def _clear_ds(self, gpfns: Words) -> None:
         machine = self.machine
-        first = STAMP_TABLE_BASE + machine.table_gpfn.size
+        first = STAMP_TABLE_BASE + machine.tables.upper.size
         pages = first + np.flatnonzero(np.isin(machine.ds.gpfn.reshape(-1), gpfns))
         clear_fresh(machine.ept, machine.stamps, int(machine.state[S.OWNER]), pages, gpfns)
 
@@ -317,25 +332,21 @@ class Guest:
                 self._clear_ds(gpfn)
             self.machine.counters[C.pebs__ept_violations] += 1
             self.machine.counters[C.exit__ept_violation] += 1
-            self._exit(vcpu, cost)
+            self._exit(vcpu, EPT_REFAULT, cost)
             field[DS_FAULT] = 0
         if field[DS_INDEX] >= params[P_INTERRUPT]:
             self._take_pmi(vcpu)
 
-    def _exit(self, vcpu: int, cost_ps: int) -> None:
+    def _exit(self, vcpu: int, part: int, cost_ps: int) -> None:
         """A VM exit of ``cost_ps`` that management caused."""
-        field, counters = self.machine.vcpus.field[vcpu], self.machine.counters
-        field[EXIT_START] = field[CLOCK]
-        field[CLOCK] += cost_ps
-        field[EXIT_END] = field[CLOCK]
-        field[FLUSH_AT_ENTRY] = 0
-        counters[C.time__exit_ps] += cost_ps
-        counters[C.time__stolen_ps] += cost_ps
+        field = self.machine.vcpus.field[vcpu]
+        leave_guest(field, int(field[CLOCK]), cost_ps)
+        book(self.machine.vcpus, vcpu, part, cost_ps)
 
     def _take_pmi(self, vcpu: int) -> None:
         """Exit, injection, handler; the handler drains the area."""
         self.machine.counters[[C.pebs__pmi, C.exit__pmi]] += 1
-        self._exit(vcpu, self.config.costs.pmi_guest_ps)
+        self._exit(vcpu, PMI_EXIT, self.config.costs.pmi_guest_ps)
         self._activate(INTERRUPT, vcpu, self._handle_pmi, vcpu)
 
     def _handle_pmi(self, vcpu: int) -> None:
@@ -350,7 +361,7 @@ class Guest:
         if field[vcpu, IDLE]:
             return
         self.machine.counters[C.vmstat__context_switches] += 1
-        field[vcpu, CLOCK] += 2 * self.config.costs.context_switch_ps
+        book(self.machine.vcpus, vcpu, CONTEXT_SWITCH, 2 * self.config.costs.context_switch_ps)
         if self.tiering.drains_at_context_switch and field[vcpu, DS_INDEX]:
             self._activate(TASK, vcpu, self._drain, vcpu)
 
@@ -387,13 +398,16 @@ class Guest:
         """Run agent work on the agent's thread; its modelled time is the vCPU's."""
         meter = self.meter
         meter.context = context
-        self.view.vcpu = vcpu
+        self.view.flush.vcpu = vcpu
         began = meter.now = self.now if at < 0 else at
         self.activations += 1
         result = self._threads.on_agent(function, *args)
         if charge_vcpu:
-            self.machine.vcpus.field[vcpu, CLOCK] += meter.now - began
-            self.machine.counters[C.time__stolen_ps] += meter.now - began
+            field = self.machine.vcpus.field[vcpu]
+            if context == KTHREAD:
+                field[KTHREAD_START] = field[CLOCK]
+                field[KTHREAD_END] = field[CLOCK] + meter.now - began
+            book(self.machine.vcpus, vcpu, IRQ if context == INTERRUPT else AGENT, meter.now - began)
         return result
 
     def _drain(self, vcpu: int) -> None:
@@ -413,12 +427,13 @@ class Guest:
         self._verify()
 
     def _verify(self) -> None:
-        checked, bad = verify(self.machine.gpt, self.machine.ept, self.machine.stamps,
-                              int(self.machine.state[S.OWNER]),
-                              np.concatenate([self.machine.table_gpfn, self.machine.ds.gpfn.reshape(-1)]),
-                              self.machine.table_gpfn.size)  # fmt: skip
+        machine = self.machine
+        tables = table_frames(machine.tables)
+        checked, bad = verify(machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]),
+                              np.concatenate([tables, machine.ds.gpfn.reshape(-1)]), tables.size)  # fmt: skip
+        total_time(machine.vcpus, machine.counters)
         self.pages_checked = int(checked)
-        self.machine.counters[C.integrity__mismatches] += bad
+        machine.counters[C.integrity__mismatches] += bad
 
     def report(self) -> dict[str, object]:
         """The VM's part of summary.json, but for what only the process knows; of a stopped run too."""

@@ -1,9 +1,8 @@
 """The guest's view of memory: gVA pages to gPA frames, single-address invalidation, IPI shootdowns.
 
-Invalidation as Linux on x86 does it (arch/x86/mm/tlb.c): one page by INVLPG on every vCPU that runs the process, a
-range above `tlb_single_page_flush_ceiling` by a full flush; clearing an accessed bit flushes nothing
-(arch/x86/mm/pgtable.c, ptep_clear_flush_young). Migration flushes once per page as in 5.15, or once per batch from 6.3
-on (`GuestKernel.batched_unmap_flush`). None of it touches guest-physical mappings.
+Invalidation is the guest kernel's (`guestd.flush`); clearing an accessed bit flushes nothing (arch/x86/mm/pgtable.c,
+ptep_clear_flush_young). Migration flushes once per page as in 5.15, or once per batch from 6.3 on
+(`GuestKernel.batched_unmap_flush`).
 """
 
 from collections.abc import Callable
@@ -11,11 +10,11 @@ from collections.abc import Callable
 import numpy as np
 
 from guestd.events import EventLog
+from guestd.flush import TlbFlush
 from guestd.machine import Machine
 from guestd.meter import MIGRATE, TASK, Meter, metered
 from guestd.mm.nodes import FAST, Nodes, give_free
 from guestd.tiering.view import PageView
-from guestd.vcpu import CLOCK, IDLE, drop_guest_everywhere, drop_pages_everywhere
 from proto.arrays import Bytes, Ints, Words
 from proto.config import GuestConfig
 from proto.costs import copy_ps
@@ -75,7 +74,7 @@ def _swap_contents(gpt: Words, ept: Words, stamps: Words, pages: Words, frames: 
 
 
 class GuestView(PageView):
-    """See the module. ``vcpu`` is the vCPU that the work in progress runs on (set by the scheduler)."""
+    """See the module. ``flush.vcpu`` is the vCPU that the work in progress runs on (set by the scheduler)."""
 
     def __init__(self, machine: Machine, nodes: Nodes, meter: Meter, config: GuestConfig,
                  schedule: Callable[[str, int], None], ept_fault: EptFaultCall, events: EventLog) -> None:  # fmt: skip
@@ -85,7 +84,7 @@ class GuestView(PageView):
         self._kernel = config.kernel
         self._events = events
         self._ept_fault = ept_fault
-        self.vcpu = 0
+        self.flush = TlbFlush(machine, config.kernel, config.costs, meter)
 
     def page_range(self, start: int, end: int) -> tuple[int, int]:
         low, high = np.searchsorted(self._machine.table_gva, (start, end))
@@ -101,45 +100,8 @@ class GuestView(PageView):
         self.meter.charge(self.costs.protect_pte_ps * count)
         self.counters[C.vmstat__numa_pte_updates] += changed
         if changed:
-            # A range this short is flushed page by page; mmu_gather covers it from first to last changed page.
-            self.flush_all() if count > self._kernel.single_page_flush_ceiling else self.flush_pages(
-                np.arange(first, first + count, dtype=np.int64), requests=1
-            )
+            self.flush.range(first, count)
         return changed
-
-    def flush_all(self) -> None:
-        """flush_tlb_mm: a full flush here and on every other vCPU that runs the process."""
-        drop_guest_everywhere(self._machine.vcpus)
-        self.counters[C.vmstat__nr_tlb_local_flush_all] += 1
-        self.counters[C.instr__mov_cr3] += 1
-        self.meter.charge(self.costs.cr3_flush_ps)
-        received = self._shootdown(1, self.costs.cr3_flush_ps)
-        self.counters[C.instr__mov_cr3] += received
-
-    def flush_pages(self, pages: Words, requests: int) -> None:
-        """Invalidate each page here and elsewhere with ``requests`` remote requests altogether."""
-        drop_pages_everywhere(self._machine.vcpus, pages)
-        self.counters[C.vmstat__nr_tlb_local_flush_one] += pages.size
-        self.counters[C.instr__invlpg] += pages.size
-        self.meter.charge(self.costs.invlpg_ps * pages.size)
-        received = self._shootdown(requests, self.costs.invlpg_ps * pages.size // requests)
-        self.counters[C.instr__invlpg] += received * (pages.size // requests)
-
-    def _shootdown(self, requests: int, flush_ps: int) -> int:
-        """IPIs to the other busy vCPUs: the initiator waits, the targets lose time. Returns IPIs received."""
-        field = self._machine.vcpus.field
-        others = [v for v in range(self.vcpus) if v != self.vcpu and not field[v, IDLE]]
-        if self.vcpus == 1:
-            return 0
-        self.counters[C.vmstat__nr_tlb_remote_flush] += requests
-        received = requests * len(others)
-        self.counters[C.vmstat__nr_tlb_remote_flush_received] += received
-        if others:
-            self.meter.charge(requests * (self.costs.shootdown_base_ps + self.costs.shootdown_target_ps * len(others)))
-            lost = requests * (self.costs.ipi_receive_ps + flush_ps)
-            field[others, CLOCK] += lost
-            self.counters[C.time__stolen_ps] += lost * len(others)
-        return received
 
     def _flush_young(self, young: int) -> None:
         """Nothing: x86 leaves the stale entry, at worst the page looks idle for a while."""
@@ -150,9 +112,9 @@ class GuestView(PageView):
         pages = pages[(self._table[pages] & PRESENT) != 0]
         if batched:
             for _ in range(0, pages.size, MIGRATE_BATCH):
-                self.flush_all()
+                self.flush.all()
         elif pages.size:
-            self.flush_pages(pages, requests=pages.size)
+            self.flush.pages(pages, requests=pages.size)
 
     def _back(self, frames: Ints) -> None:
         """Have the host back target frames before the copy, as the copy's first write would."""
@@ -161,7 +123,6 @@ class GuestView(PageView):
         if missing.size:
             cost = self._ept_fault(self.now, missing, np.ones(missing.size, np.uint8))
             self.counters[C.exit__ept_violation] += missing.size
-            self.counters[C.time__exit_ps] += int(cost.sum())
             self.meter.charge(int(cost.sum()))
 
     def _gva(self, pages: Words) -> Words:

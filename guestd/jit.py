@@ -4,11 +4,17 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+int64: Any = np.int64
+"""Converts to int64 in a kernel; to a type checker the result is an int like any other."""
+int32: Any = np.int32
+"""The same for int32: the low 32 bits."""
 
 _njit = cast(Any, numba.njit)
 # _nrt=False: kernels allocate nothing, and counting references to arrays would cost more than most of the work.
@@ -65,3 +71,34 @@ def _prefetch_type(pointer: Any, int32: Any) -> Any:
     from llvmlite import ir
 
     return ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])
+
+
+def _match(lanes: int) -> Callable[[Any, int, Any], int]:
+    def typed(typingctx: Any, array: Any, index: Any, key: Any) -> Any:
+        signature = types.int64(array, types.int64, types.int32)
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            from llvmlite import ir
+
+            int32, bits = ir.IntType(32), ir.IntType(lanes)
+            vector = ir.VectorType(int32, lanes)
+            pointer = builder.gep(context.make_array(sig.args[0])(context, builder, args[0]).data, [args[1]])
+            tags = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=4)
+            nothing = ir.Constant(vector, ir.Undefined)
+            first = builder.insert_element(nothing, args[2], int32(0))
+            keys = builder.shuffle_vector(first, nothing, ir.Constant(vector, [0] * lanes))
+            return builder.zext(builder.bitcast(builder.icmp_signed("==", tags, keys), bits), ir.IntType(64))
+
+        return signature, codegen
+
+    return cast(Any, intrinsic(typed))
+
+
+match8 = _match(8)
+"""``match8(tags, index, key)``: bit i of the result is set where ``tags[index + i]`` (int32) equals ``key``, i < 8.
+
+One vector comparison. A vector load does not see a scalar store of the last few accesses without waiting for it to
+reach the cache, so this is for sets that are rarely written twice in a row.
+"""
+match16 = _match(16)
+"""The same for sixteen tags."""

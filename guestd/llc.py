@@ -2,9 +2,9 @@
 
 A socket's LLC is shared by all its VMs, and at each barrier the host says how much of it a VM has, by vCPUs
 (hostd/core.py). Page-table lines come first in that share, being a VM's most popular ones; data has the rest
-(`data_share`). Which accesses hit is decided where they are generated (`proto.trace.LLC_HIT`). A synthetic workload
-hits with the probability that a line of its class is among the hottest that fit (`hit_cuts`): what LRU has under
-uniform accesses, and an upper bound of it under skewed ones. A replay goes through a real set-associative LRU cache
+(`guestd.walk.price_walks`). Which accesses hit is decided where they are generated (`proto.trace.LLC_HIT`). A synthetic
+workload hits with the probability that a line of its class is among the hottest that fit (`hit_cuts`): what LRU has
+under uniform accesses, and an upper bound of it under skewed ones. A replay goes through a real set-associative LRU cache
 (`LlcFilter`). Left out: the first misses of a synthetic workload, write-backs of lines that hits made dirty (a write
 that misses pays its own at once), prefetchers, and bursts by which VMs evict each other within a quantum.
 """
@@ -20,19 +20,12 @@ WAYS = 16
 """Associativity of every modelled data cache; Ice Lake's LLC has 12 to 16."""
 HIT_BITS = 24
 """Probabilities of a hit are whole multiples of 2**-24."""
-TABLE_BYTES_PER_PAGE = 16
-"""Leaf entries of one page in the GPT and in the EPT."""
 RESIZE_SHARE = 16
 """A filter follows its share in steps of a sixteenth (one way), so that not each page fault rebuilds it."""
 LINE_SHIFT = LINE_SIZE.bit_length() - 1
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _32, _COIN_SHIFT = np.uint64(32), np.uint64(64 - HIT_BITS)
-
-
-def data_share(llc_bytes: int, used_pages: int) -> int:
-    """Bytes that data has of a VM's share of the LLC when the VM's tables map ``used_pages`` pages."""
-    return max(0, llc_bytes - TABLE_BYTES_PER_PAGE * used_pages)
 
 
 def hit_cuts(share_bytes: int, before: Words, lines: Words) -> Words:

@@ -6,15 +6,14 @@ from typing import NamedTuple
 import numpy as np
 
 from guestd.address_space import AddressSpace
-from guestd.fault import NO_FRAME, locate_tables
-from guestd.llc import TABLE_BYTES_PER_PAGE
+from guestd.mmu_lock import new_mmu_lock
 from guestd.pebs import DsArea, new_ds_area
 from guestd.tiering.policy import Sampling
+from guestd.tlb import TlbGeometry, tlb_geometry
 from guestd.vcpu import Vcpus, new_vcpus
-from guestd.walk import PRICE_EPT_LEAF, PRICE_GUEST_LEAF_FAST, PRICE_GUEST_LEAF_SLOW, PRICE_UPPER, PRICES
+from guestd.walk import PRICES, PageTables, WalkGeometry, walk_geometry
 from proto.arrays import Words
 from proto.config import GuestConfig
-from proto.costs import Costs
 from proto.counters import Counters, new_counters
 from proto.entry import owner_stamp
 from proto.layout import VmMemory
@@ -40,30 +39,53 @@ class S(IntEnum):
     """First slow frame slot."""
     MLP_Q8 = auto()
     """256 / memory-level parallelism."""
-    FLUSH_PS = auto()
-    """Cost of one INVEPT."""
+    INVEPT_PS = auto()
+    """Cost of one global INVEPT."""
     VMEXIT_PS = auto()
     SLICE_PS = auto()
     STLB_HIT_PS = auto()
     LLC_PS = auto()
-    """Load-to-use latency of the LLC."""
+    """Latency of an access that the LLC serves."""
+    EPT_VIOLATION_PS = auto()
+    MMU_LOCK_PS = auto()
+    """For how long an EPT violation holds mmu_lock, where it holds it alone."""
+    TDP_MMU = auto()
+    """1: EPT violations share mmu_lock."""
+    EPT_EPOCH = auto()
+    """Rises whenever the host changes the EPT; see `guestd.walk`."""
+    NOTIFIER_FIRST = auto()
+    NOTIFIER_END = auto()
+    """gPA frames that an mmu notifier is changing, until `NOTIFIER_UNTIL`."""
+    NOTIFIER_UNTIL = auto()
+    MIGRATING = auto()
+    MIGRATING_TOO = auto()
+    """gPA frames that the host is migrating, until `MIGRATING_UNTIL`."""
+    MIGRATING_UNTIL = auto()
+    PCPUS = auto()
+    """Physical CPUs that the fleet's vCPUs share; 0 = each has its own."""
+    FIRST_VCPU = auto()
+    FLEET_VCPUS = auto()
+    HOST_SLICE_PS = auto()
+    """The host scheduler's slice on a shared pCPU."""
 
 
 class Machine(NamedTuple):
     """Everything that the engine works on; passed whole to the kernels."""
 
     vcpus: Vcpus
+    tlb_geometry: TlbGeometry
+    walk_geometry: WalkGeometry
     gpt: Words
-    """int64[pages]: the guest's leaf page table over its dense page index."""
+    """int64[pages]: the leaves of the guest page table over its dense page index."""
+    tables: PageTables
+    """Both page tables above their leaves."""
     ept: Words
     stamps: Words
     table_gva: Words
     """int64[tables]: gVA of the first page of each leaf table."""
-    table_gpfn: Words
-    """int64[tables]: gPA frame of each leaf page-table page."""
-    table_slow: Words
-    """int64[tables]: 1 if that page lies in the slow tier."""
     ds: DsArea
+    mmu_lock: Words
+    """See `guestd.mmu_lock`."""
     state: Words
     """int64[len(S)]"""
     latency_ps: Words
@@ -82,29 +104,39 @@ def new_machine(
     config: GuestConfig, space: AddressSpace, memory: VmMemory, sampling: Sampling | None, mlp: float
 ) -> Machine:
     """A powered-on machine with empty tables and caches. ``mlp``: the workload's memory-level parallelism."""
-    costs = config.costs
+    costs, host = config.costs, config.host
     state = np.zeros(len(S), np.int64)
     state[S.LEFT] = -1
     state[S.OWNER] = owner_stamp(config.vm)
     state[S.SLOW_FRAMES] = config.total_pages
     state[S.MLP_Q8] = max(1, round(256 / mlp))
-    state[S.FLUSH_PS] = costs.invept_ps
+    state[S.INVEPT_PS] = costs.invept_ps
     state[S.VMEXIT_PS] = costs.vmexit_ps
     state[S.SLICE_PS] = config.engine.slice_ps
     state[S.STLB_HIT_PS] = costs.stlb_hit_ps
     state[S.LLC_PS] = costs.llc_latency_ps
+    state[S.EPT_VIOLATION_PS] = costs.ept_violation_ps
+    state[S.MMU_LOCK_PS] = costs.mmu_lock_hold_ps
+    state[S.TDP_MMU] = host.tdp_mmu
+    state[S.EPT_EPOCH] = 1
+    state[S.PCPUS] = host.pcpus if host.pcpus < config.fleet_vcpus else 0
+    state[S.FIRST_VCPU], state[S.FLEET_VCPUS] = config.first_vcpu, config.fleet_vcpus
+    state[S.HOST_SLICE_PS] = host.sched_slice_ps
     tiers = (costs.fast, costs.slow)
     # A local access finds its block in the device's buffer; only granules above a line have such a block.
     media = np.array([[t.granule_bytes, LINE_SIZE if t.granule_bytes == LINE_SIZE else 0] for t in tiers], np.int64)
+    upper, parent = space.upper_entries(config.kernel.page_table_levels)
     return Machine(
         vcpus=new_vcpus(config.vcpus, costs, config.seed),
+        tlb_geometry=tlb_geometry(costs),
+        walk_geometry=walk_geometry(costs, config.kernel.page_table_levels, host.ept_levels),
         gpt=np.zeros(space.pages, np.int64),
+        tables=PageTables(upper, parent, memory.ept_pde, memory.ept_pdpte),
         ept=memory.ept,
         stamps=memory.stamps,
         table_gva=space.table_gva,
-        table_gpfn=np.full(space.tables, NO_FRAME, np.int64),
-        table_slow=np.zeros(space.tables, np.int64),
         ds=new_ds_area(config.vcpus, config.kernel.ds_pages, sampling, costs),
+        mmu_lock=new_mmu_lock(),
         state=state,
         latency_ps=np.zeros((2, 2), np.int64),
         read_bytes=media,
@@ -113,20 +145,3 @@ def new_machine(
         price=np.zeros(PRICES, np.int64),
         counters=new_counters(),
     )
-
-
-def price_walks(machine: Machine, costs: Costs, used_pages: int, llc_bytes: int) -> None:
-    """Set the walk prices for a quantum from the loaded latencies and where the page-table pages lie now.
-
-    A leaf line sits in the LLC with the probability that the page tables of ``used_pages`` (GPT and EPT) fit there.
-    ``llc_bytes``: this VM's share of it.
-    """
-    locate_tables(machine.ept, machine.table_gpfn, int(machine.state[S.SLOW_FRAMES]), machine.table_slow)
-    fits = min(1000, 1000 * llc_bytes // max(1, TABLE_BYTES_PER_PAGE * used_pages))
-    cached = fits * costs.llc_latency_ps
-    fast, slow = (int(machine.latency_ps[tier, 0]) for tier in (0, 1))
-    price = machine.price
-    price[PRICE_UPPER] = costs.walk_cached_ref_ps
-    price[PRICE_GUEST_LEAF_FAST] = (cached + (1000 - fits) * fast) // 1000
-    price[PRICE_GUEST_LEAF_SLOW] = (cached + (1000 - fits) * slow) // 1000
-    price[PRICE_EPT_LEAF] = price[PRICE_GUEST_LEAF_FAST]

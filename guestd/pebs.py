@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from guestd.jit import inline, kernel
 from guestd.tiering.policy import Sampling
-from guestd.vcpu import DS_FAULT, DS_INDEX
+from guestd.vcpu import DS_FAULT, DS_INDEX, LOAD_COUNT, RANDOM, STORE_COUNT, TAG_LEFT
 from proto.arrays import Words
 from proto.costs import Costs
 from proto.counters import C, Counters
 from proto.entry import ACCESSED, DIRTY, PRESENT
+from proto.trace import LOAD, STORE
 from proto.units import PAGE_SIZE, PS_PER_NS
 
 RECORD = np.dtype(
@@ -118,6 +119,37 @@ def write_record(
     else:
         ept[gpfn] |= ACCESSED | DIRTY
     return bool(index + 1 >= params[P_INTERRUPT] or field[DS_FAULT] != 0)
+
+
+@inline
+def sample(
+    ds: DsArea, ept: Words, field: Words, vcpu: int, kind: int, tsc: int, gva: int, slow: int, latency_ps: int,
+    counters: Counters,
+) -> int:  # fmt: skip
+    """Count one access; records written << 1 | whether a PMI or an EPT violation is due."""
+    params = ds.params
+    written = pmi = 0
+    if kind != STORE and params[P_LOAD_PERIOD] > 0:
+        field[TAG_LEFT] -= 1
+        if field[TAG_LEFT] <= 0:
+            field[RANDOM] = (field[RANDOM] * 1103515245 + 12345) & 0x7FFFFFFF
+            field[TAG_LEFT] = 1 + (field[RANDOM] >> 8) % params[P_TAG_SPAN]
+            if latency_ps >= params[P_THRESHOLD_PS]:
+                field[LOAD_COUNT] += 1
+                if field[LOAD_COUNT] >= params[P_LOAD_PERIOD]:
+                    field[LOAD_COUNT] = 0
+                    written += 1
+                    if write_record(ds, ept, field, vcpu, EVENT_LOAD, tsc, gva, slow, latency_ps, counters):
+                        pmi = 1
+    if kind != LOAD and params[P_STORE_PERIOD] > 0:
+        field[STORE_COUNT] += 1
+        if field[STORE_COUNT] >= params[P_STORE_PERIOD]:
+            field[STORE_COUNT] = 0
+            written += 1
+            tsc += (written - 1) * params[P_RECORD_PS]
+            if write_record(ds, ept, field, vcpu, EVENT_STORE, tsc, gva, slow, latency_ps, counters):
+                pmi = 1
+    return (written << 1) | pmi
 
 
 @kernel

@@ -8,9 +8,9 @@ import numpy as np
 
 from guestd.hotness import score
 from guestd.meter import CALLS, STAGES, Meter, meter_cost_ns
-from guestd.vcpu import LATENCY_BIN_SHIFT
+from guestd.vcpu import CLOCK, LATENCY_BIN_SHIFT
 from proto.arrays import Mask, Words
-from proto.counters import Counters, flush_totals, split
+from proto.counters import EXIT_PARTS, STOLEN_PARTS, C, Counters, flush_totals, split, sum_parts
 from proto.entry import FRAME_MASK, FRAME_SHIFT
 from proto.units import PAGE_SIZE, PS_PER_NS, PS_PER_S
 
@@ -79,8 +79,7 @@ def build_report(guest: Guest) -> dict[str, Any]:
         "populate_virtual_s": (run_start - guest.started_ps) / PS_PER_S,
         "throughput_mops": total / (run_ps / PS_PER_S) / 1e6,
         "access": {
-            **{key: access[key] for key in ("total", "fast", "slow", "llc_hits", "loads", "stores", "tlb_misses",
-                                            "dirty_assists", "walks", "walk_refs")},
+            **{key: value for key, value in access.items() if key != "walk_ps"},
             "fast_ratio": access["fast"] / max(1, total),
             "llc_hit_ratio": access["llc_hits"] / max(1, total),
             "tlb_miss_ratio": access["tlb_misses"] / max(1, total),
@@ -88,7 +87,12 @@ def build_report(guest: Guest) -> dict[str, Any]:
             "latency_ns": percentiles_ns(machine.vcpus.histogram.sum(axis=0)),
         },
         "vmstat": vmstat,
-        "kvm": {**kvm, "exits": groups["exit"], "guest_mode_ratio": 1 - clock["exit_ps"] / vcpu_ps},
+        "kvm": {
+            **kvm,
+            "executions_per_request": kvm["tlb_flush"] / max(1, kvm["remote_tlb_flush"]),
+            "exits": groups["exit"],
+            "guest_mode_ratio": 1 - sum_parts(clock, EXIT_PARTS) / vcpu_ps,
+        },
         "instructions": groups["instr"],
         "flushes": flush_totals(vmstat, kvm),
         "migration": {
@@ -106,9 +110,15 @@ def build_report(guest: Guest) -> dict[str, Any]:
             "modelled_s": {**modelled, "total": sum(modelled.values())},
             "measured_cores": run_measured_ns / 1e9 / (run_ps / PS_PER_S),
             "modelled_cores": run_modelled_ps / run_ps,
-            "stolen_s": clock["stolen_ps"] / PS_PER_S,
+            "stolen_s": sum_parts(clock, STOLEN_PARTS) / PS_PER_S,
         },
         "time": {name.removesuffix("_ps") + "_s": value / PS_PER_S for name, value in clock.items()},
+        "vcpu_time": [
+            {"clock_ps": int(row[CLOCK]) - guest.started_ps,
+             **{index.name.removeprefix("time__"): int(ledger[index - C.time__think_ps])
+                for index in C if index.name.startswith("time__")}}
+            for row, ledger in zip(machine.vcpus.field, machine.vcpus.ledger, strict=True)
+        ],
         "process_cpu": {"meter_s": int(meter.book[CALLS]) * meter_cost_ns() / 1e9},
         "integrity": {"pages_checked": guest.pages_checked, **whole["integrity"]},
         "populate": {

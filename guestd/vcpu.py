@@ -1,7 +1,8 @@
-"""State of a guest's vCPUs as arrays, and the invalidations that act on it.
+"""State of a guest's vCPUs as arrays, one row per vCPU everywhere, and the ledger of where each one's time went.
 
-One row per vCPU everywhere. Which instruction drops what: Intel SDM vol. 3, 4.10.4 (INVLPG, MOV CR3, INVPCID) and
-29.4.3 (INVVPID, INVEPT). The guest's own invalidations never touch guest-physical mappings; an INVEPT drops all.
+A vCPU's clock only moves together with its ledger (`spend`), so that the time on each is the sum of its parts to the
+picosecond. What the translation caches hold is said in `guestd.tlb` and `guestd.walk`, which instruction drops what in
+`guestd.instructions`.
 """
 
 from typing import NamedTuple
@@ -9,9 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from guestd.jit import inline, kernel
-from guestd.tlb import TLB_TAG_SHIFT, WALK_WAYS, find
+from guestd.tlb import LANES, Tlb, tlb_geometry
+from guestd.walk import WAYS
 from proto.arrays import Bytes, Ints, Words
 from proto.costs import Costs
+from proto.counters import LEDGER, C, Counters
 
 CLOCK = 0
 """Virtual time of the vCPU, ps."""
@@ -28,9 +31,10 @@ LOAD_COUNT = 5
 STORE_COUNT = 6
 DS_INDEX = 7
 """Records in the DS area."""
-GUEST_UPPER = 8
-"""1 when the guest's upper levels are in the paging-structure caches."""
-EPT_UPPER = 9
+CONTEXT = 8
+"""The context (EPTP, VPID, PCID) that is current: an index into `Vcpus.context`."""
+FRACTURED = 9
+"""1 when the TLB may hold parts of a guest's 2 MiB page that the EPT maps in pieces."""
 EXIT_START = 10
 EXIT_END = 11
 """The last VM exit: outside guest mode in [start, end)."""
@@ -42,9 +46,22 @@ RANDOM = 14
 """State of the load-tagging generator."""
 DS_FAULT = 15
 """gPA frame + 1 of a DS page whose record met an EPT violation; 0 = none."""
-LAST_WRITTEN = 16
+HUGE_SEEN = 16
+"""1 when a 2 MiB translation was ever entered, so that look-ups search those arrays too."""
+KTHREAD_START = 17
+KTHREAD_END = 18
+"""The last run of a kernel thread on the vCPU: the process's page tables are loaded lazily in [start, end)."""
+LAZY_FLUSHED = 19
+"""`KTHREAD_END` of the last such run for whose end a flush is due already."""
+OFF_PCPU = 20
+"""1 while another vCPU has its pCPU."""
+PV_FLUSHED = 21
+"""`EXIT_START` + 1 of the last preemption for whose end KVM owes a flush already."""
+LAST_WRITTEN = 22
 """256-byte block of the write before."""
-FIELDS = 17
+FIELDS = 23
+
+CONTEXTS = 16
 
 BUFFER = 16384
 """Accesses generated ahead per vCPU."""
@@ -52,60 +69,91 @@ LATENCY_BINS = 1024
 LATENCY_BIN_SHIFT = 12
 """A bin of the latency histogram is 4.096 ns wide."""
 
+(THINK, STALL, MINOR_FAULT, HINT_FAULT, EPT_VIOLATION, EPT_REFAULT, KICK, PMI_EXIT, PML_FULL, HOST_TASK, PREEMPTED,
+ INTERRUPT, AGENT, CONTEXT_SWITCH, PEBS_RECORD, THROTTLE, HALTED) = range(LEDGER)  # fmt: skip
+"""Columns of the ledger: `proto.counters.C` from ``time__think_ps`` on, which says what each is."""
+
 
 class Vcpus(NamedTuple):
     """All vCPUs of a guest; n = vCPUs."""
 
     field: Words
     """int64[n, FIELDS]"""
-    tlb: Words
-    """int64[n, sets*ways]"""
-    tlb_recent: Words
-    """int64[n, sets]"""
-    pde: Words
-    """int64[n, entries]: guest paging-structure cache, keyed by leaf table."""
-    pde_recent: Words
-    nested: Words
-    """int64[n, entries]: nested TLB, keyed by guest page-table page."""
-    nested_recent: Words
-    ept_pde: Words
-    """int64[n, entries]: EPT paging-structure cache, keyed by gPA frame / 512."""
-    ept_pde_recent: Words
+    ledger: Words
+    """int64[n, LEDGER]: where the clock's time went, ps."""
+    context: Words
+    """int64[n, CONTEXTS, 3]: EPTP, VPID and PCID of each context; from VPID 0 on unused (`guestd.instructions`)."""
+    l1_tag: Ints
+    """int32[n, sets * stride], as all tags and data: see `guestd.tlb.Tlb`."""
+    l1_data: Ints
+    l1_recent: Words
+    l1_2m_tag: Ints
+    l1_2m_data: Ints
+    l1_2m_recent: Words
+    stlb_tag: Ints
+    stlb_data: Ints
+    stlb_recent: Words
+    walk_tag: Ints
+    """int32[n, slots]: paging-structure caches and nested TLB, see `guestd.walk.WalkGeometry`."""
+    walk_turn: Bytes
+    """uint8[n, slots / 4]: the way of each set to be replaced next."""
+    chain: Words
+    """int64[n, 6]: scratch of the walk."""
     histogram: Words
     """int64[n, LATENCY_BINS]: latencies as the load saw them."""
     address: Words
     """int64[n, BUFFER]: dense byte address of each access."""
     kind: Bytes
-    """uint8[n, BUFFER]: LOAD, STORE or MODIFY."""
+    """uint8[n, BUFFER]: LOAD, STORE or MODIFY, with or without LLC_HIT."""
     think_ps: Ints
     """int32[n, BUFFER]: compute before each access."""
     fault_ps: Words
     """int64[n, BUFFER]: what faults add before an access, in guest mode."""
+    fault_part: Bytes
+    """uint8[n, BUFFER]: MINOR_FAULT or HINT_FAULT, the part that it belongs to."""
     exit_ps: Words
-    """int64[n, BUFFER]: what VM exits add before an access."""
+    """int64[n, BUFFER]: what EPT violations add before an access, without waiting for the mmu lock."""
+    exit_part: Bytes
+    """uint8[n, BUFFER]: EPT_VIOLATION or EPT_REFAULT."""
+    retries: Bytes
+    """uint8[n, BUFFER]: faults taken before an access, after each of which it walks again."""
 
 
 def new_vcpus(count: int, costs: Costs, seed: int) -> Vcpus:
-    """Powered-on vCPUs with empty caches. Cache geometry must be powers of two (checked with the host profile)."""
-    sets = costs.stlb_entries // costs.stlb_ways
+    """Powered-on vCPUs with empty caches. Geometry gives powers of two of sets (checked with the host profile)."""
 
-    def cache(entries: int) -> tuple[Words, Words]:
-        return np.zeros((count, entries), np.int64), np.zeros((count, entries // WALK_WAYS), np.int64)
+    geometry = tlb_geometry(costs)
 
+    def tlb(mask: int, stride: int) -> tuple[Ints, Ints, Words]:
+        sets = mask + 1
+        slots = sets * stride
+        return np.zeros((count, slots), np.int32), np.zeros((count, slots), np.int32), np.zeros((count, sets), np.int64)
+
+    slots = (costs.pde_cache_entries + costs.pdpte_cache_entries + costs.pml4e_cache_entries + costs.nested_tlb_entries
+             + costs.ept_pde_cache_entries + costs.ept_pdpte_cache_entries + costs.ept_pml4e_cache_entries)  # fmt: skip
     vcpus = Vcpus(
         np.zeros((count, FIELDS), np.int64),
-        np.zeros((count, costs.stlb_entries), np.int64),
-        np.zeros((count, sets), np.int64),
-        *cache(costs.pde_cache_entries),
-        *cache(costs.nested_tlb_entries),
-        *cache(costs.ept_pde_cache_entries),
+        np.zeros((count, LEDGER), np.int64),
+        np.zeros((count, CONTEXTS, 3), np.int64),
+        *tlb(geometry.l1_mask, geometry.l1_stride),
+        *tlb(geometry.l1_2m_mask, geometry.l1_2m_stride),
+        *tlb(geometry.stlb_mask, geometry.stlb_stride),
+        np.zeros((count, max(slots, LANES)), np.int32),
+        np.zeros((count, max(slots, LANES) // WAYS), np.uint8),
+        np.zeros((count, 6), np.int64),
         np.zeros((count, LATENCY_BINS), np.int64),
         np.zeros((count, BUFFER), np.int64),
         np.zeros((count, BUFFER), np.uint8),
         np.zeros((count, BUFFER), np.int32),
         np.zeros((count, BUFFER), np.int64),
+        np.zeros((count, BUFFER), np.uint8),
         np.zeros((count, BUFFER), np.int64),
+        np.zeros((count, BUFFER), np.uint8),
+        np.zeros((count, BUFFER), np.uint8),
     )
+    # KVM gives each vCPU a VPID of its own, and the VM one EPTP; the process runs under one PCID.
+    vcpus.context[:, 0, 1] = 1 + np.arange(count)
+    vcpus.context[:, 0, 2] = 1
     vcpus.field[:, LAST_BLOCK] = vcpus.field[:, LAST_WRITTEN] = -1
     vcpus.field[:, RANDOM] = (seed * 2654435761 % (1 << 31) + np.arange(count) * 40503 + 1) & 0x7FFFFFFF
     vcpus.field[:, TAG_LEFT] = 1 + vcpus.field[:, RANDOM] % (2 * costs.load_latency_tag_interval - 1)
@@ -113,40 +161,36 @@ def new_vcpus(count: int, costs: Costs, seed: int) -> Vcpus:
 
 
 @inline
-def drop_guest(vcpus: Vcpus, vcpu: int) -> None:
-    """MOV CR3 or INVPCID all-context: linear and combined mappings, guest paging structures."""
-    vcpus.tlb[vcpu, :] = 0
-    vcpus.pde[vcpu, :] = 0
-    vcpus.field[vcpu, GUEST_UPPER] = 0
+def tlb_of(vcpus: Vcpus, vcpu: int) -> Tlb:
+    """The TLB arrays of one vCPU."""
+    return Tlb(
+        vcpus.l1_tag[vcpu],
+        vcpus.l1_data[vcpu],
+        vcpus.l1_recent[vcpu],
+        vcpus.l1_2m_tag[vcpu],
+        vcpus.l1_2m_data[vcpu],
+        vcpus.l1_2m_recent[vcpu],
+        vcpus.stlb_tag[vcpu],
+        vcpus.stlb_data[vcpu],
+        vcpus.stlb_recent[vcpu],
+    )
 
 
-@inline
-def drop_all(vcpus: Vcpus, vcpu: int) -> None:
-    """INVEPT: guest-physical and combined mappings."""
-    drop_guest(vcpus, vcpu)
-    vcpus.nested[vcpu, :] = 0
-    vcpus.ept_pde[vcpu, :] = 0
-    vcpus.field[vcpu, EPT_UPPER] = 0
+def book(vcpus: Vcpus, vcpu: int | Words, part: int, ps: int) -> None:
+    """Move the clock of ``vcpu`` (a number, or int64[n] of them) by ``ps`` and book it to ``part`` of the ledger."""
+    vcpus.field[vcpu, CLOCK] += ps
+    vcpus.ledger[vcpu, part] += ps
+
+
+spend = inline(book)
+"""`book` for kernels; one vCPU."""
 
 
 @kernel
-def drop_guest_everywhere(vcpus: Vcpus) -> None:
-    """A full guest flush on every vCPU."""
-    for vcpu in range(vcpus.field.shape[0]):
-        drop_guest(vcpus, vcpu)
-
-
-@kernel
-def drop_pages_everywhere(vcpus: Vcpus, pages: Words) -> None:
-    """INVLPG of each page (int64[m]) on every vCPU: its entry, and all paging-structure caches of the PCID."""
-    sets = vcpus.tlb_recent.shape[1]
-    ways = vcpus.tlb.shape[1] // sets
-    for vcpu in range(vcpus.field.shape[0]):
-        tlb = vcpus.tlb[vcpu]
-        for page in pages:
-            base = (page & (sets - 1)) * ways
-            way = find(tlb, base, ways, page + 1, TLB_TAG_SHIFT)
-            if way >= 0:
-                tlb[base + way] = 0
-        vcpus.pde[vcpu, :] = 0
-        vcpus.field[vcpu, GUEST_UPPER] = 0
+def total_time(vcpus: Vcpus, counters: Counters) -> None:
+    """Bring the ``time`` group of the counters up to date: the ledgers of all vCPUs together."""
+    for part in range(vcpus.ledger.shape[1]):
+        total = 0
+        for vcpu in range(vcpus.ledger.shape[0]):
+            total += vcpus.ledger[vcpu, part]
+        counters[C.time__think_ps + part] = total

@@ -1,58 +1,276 @@
-"""The two-dimensional page walk: how many memory references a TLB miss needs, and what each costs.
+"""The two-dimensional page walk: which memory references a TLB miss needs, and what each costs.
 
-A guest leaf lookup needs the guest page-table entry (its own gPA translated through the nested TLB or the EPT) and then
-the EPT leaf of the data's gPA; upper levels are skipped when a paging-structure cache holds them. Cold, a 4x4 walk has
-24 references (Bhargava et al., ASPLOS'08). Upper-level lines sit in L1/L2; a leaf line sits in the LLC with the
-probability that the page tables fit there, else in the tier of its page-table page. So the price of a flush is not a
-constant: it emerges from the references that it causes.
+Every entry above the leaves of the guest page table (GPT) has a number; `PageTables.parent` leads from an entry to the
+one that maps its table, up to CR3. A walk climbs to the deepest entry that a paging-structure cache holds; such an
+entry is a *combined mapping* and gives the host-physical address of the next table (SDM vol. 3, 29.4.1). From there it
+descends: each guest entry is one reference, and each guest-physical address met, of a table below or of the data, is
+translated by the nested TLB (tables only) or by a walk of the EPT, which has paging-structure caches of its own. With
+all caches off a walk has (n + 1)(m + 1) - 1 references: 24 for 4 x 4 levels, 19 with 2 MiB on one side, 15 on both, 35
+for 5 x 5 (Bhargava et al., ASPLOS'08). A reference costs what the place of its line costs (`price_walks`).
+
+With EPT accessed and dirty bits on, the processor's accesses to guest tables count as writes to their pages (SDM vol.
+3, 29.3.5): a nested translation of a table sets its EPT entry's D bit. Left out: a cache of PML5 entries; the walk does
+not meet its own page-table lines in a cache line by line, their places are expected values.
 """
 
-from guestd.jit import inline
-from guestd.tlb import lookup_or_insert
-from guestd.vcpu import EPT_UPPER, GUEST_UPPER
-from proto.arrays import Words
+from typing import NamedTuple
 
-PRICE_UPPER = 0
-PRICE_GUEST_LEAF_FAST = 1
-PRICE_GUEST_LEAF_SLOW = 2
-PRICE_EPT_LEAF = 3
-PRICES = 4
+from guestd.jit import assume, inline, int32
+from guestd.tlb import CONTEXT_BITS
+from proto.arrays import Bytes, Ints, Words
+from proto.costs import Costs
+from proto.entry import (
+    ACCESSED,
+    DIRTY,
+    FRAME_MASK,
+    FRAME_SHIFT,
+    HUGE,
+    PRESENT,
+    TABLE_SEEN_MASK,
+    TABLE_SEEN_SHIFT,
+    TABLE_SLOW,
+)
+
+WAYS = 4
+"""Associativity of the paging-structure caches and the nested TLB; their ways are replaced in turn (unpublished)."""
+EPTP_BITS = 3
+EPTP_MASK = (1 << EPTP_BITS) - 1
+
+PRICE_GUEST = 0
+"""+ 2 * level + slow: a GPT entry of that level in a table of that tier (level 1 = leaf)."""
+PRICE_EPT = 12
+"""+ level: an EPT entry; KVM's tables lie in the fast tier."""
+PRICES = 18
 
 REFS_SHIFT = 48
 """`walk` returns cost in ps, and the number of references above this bit."""
-
-_UPPER_NESTED_KEY = 1 << 40
-
-
-@inline
-def _ept_refs(ept_pde: Words, ept_pde_recent: Words, field: Words, gpfn: int) -> int:
-    """Upper EPT references of translating one gPA frame; the leaf reference comes on top."""
-    refs = 0
-    if not lookup_or_insert(ept_pde, ept_pde_recent, gpfn >> 9):
-        refs = 1 if field[EPT_UPPER] == 1 else 3
-        field[EPT_UPPER] = 1
-    return refs
+COST_MASK = (1 << REFS_SHIFT) - 1
+UNBACKED = -1
+"""Result of a walk that met a page-table page that the EPT does not map: an EPT violation."""
 
 
-@inline
-def walk(pde: Words, pde_recent: Words, nested: Words, nested_recent: Words, ept_pde: Words, ept_pde_recent: Words,
-         field: Words, table: int, table_gpfn: int, table_slow: int, gpfn: int, price: Words) -> int:  # fmt: skip
-    """Walk to the page of leaf table ``table`` that maps gPA frame ``gpfn``, on the vCPU that the caches belong to.
+class WalkGeometry(NamedTuple):
+    """First slot and sets - 1 of each cache in a vCPU's walk arrays; a cache of no entries has mask -1."""
 
-    ``field``: its row of fields; ``price``: int64[PRICES] ps. Returns ``references << REFS_SHIFT | cost_ps``.
+    pde: int
+    pde_mask: int
+    pdpte: int
+    pdpte_mask: int
+    pml4e: int
+    pml4e_mask: int
+    nested: int
+    nested_mask: int
+    ept_pde: int
+    ept_pde_mask: int
+    ept_pdpte: int
+    ept_pdpte_mask: int
+    ept_pml4e: int
+    ept_pml4e_mask: int
+    slots: int
+    """Slots of all caches together."""
+    guest_slots: int
+    """Slots [0, guest_slots) hold combined mappings, the others guest-physical ones."""
+    guest_levels: int
+    """4 or 5."""
+    ept_levels: int
+
+
+def walk_geometry(costs: Costs, guest_levels: int, ept_levels: int) -> WalkGeometry:
+    """Geometry from a host profile, which was checked to give powers of two of 4-way sets."""
+    entries = (costs.pde_cache_entries, costs.pdpte_cache_entries, costs.pml4e_cache_entries, costs.nested_tlb_entries,
+               costs.ept_pde_cache_entries, costs.ept_pdpte_cache_entries, costs.ept_pml4e_cache_entries)  # fmt: skip
+    fields: list[int] = []
+    slots = 0
+    for count in entries:
+        fields += [slots, count // WAYS - 1]
+        slots += count
+    return WalkGeometry._make([*fields, slots, sum(entries[:3]), guest_levels, ept_levels])
+
+
+class PageTables(NamedTuple):
+    """Both page tables of a VM. Leaves: `Machine.gpt` and `Machine.ept`.
+
+    ``upper``: int64[u], GPT entries above the leaves: the PDEs (one a leaf table, numbered alike), then PDPTEs, PML4Es,
+    with five levels the PML5E, and last CR3. ``parent``: int32[u], number of the entry that maps an entry's table.
+    ``ept_pde``, ``ept_pdpte``: see `proto.layout.VmMemory`.
     """
-    upper = 0
-    ept_leaves = 1
-    if not lookup_or_insert(pde, pde_recent, table):
-        guest_upper = 3 if field[GUEST_UPPER] == 0 else 1
-        field[GUEST_UPPER] = 1
-        upper += guest_upper
-        # Upper page-table pages are few: one nested-TLB entry stands for those of a GiB.
-        if not lookup_or_insert(nested, nested_recent, _UPPER_NESTED_KEY | (table >> 9)):
-            upper += guest_upper * (1 + _ept_refs(ept_pde, ept_pde_recent, field, table_gpfn))
-    if not lookup_or_insert(nested, nested_recent, table):
-        upper += _ept_refs(ept_pde, ept_pde_recent, field, table_gpfn)
-        ept_leaves += 1
-    upper += _ept_refs(ept_pde, ept_pde_recent, field, gpfn)
-    cost = upper * price[PRICE_UPPER] + ept_leaves * price[PRICE_EPT_LEAF] + price[PRICE_GUEST_LEAF_FAST + table_slow]
-    return ((upper + ept_leaves + 1) << REFS_SHIFT) | cost
+
+    upper: Words
+    parent: Ints
+    ept_pde: Bytes
+    ept_pdpte: Bytes
+
+
+@inline
+def cached(tags: Ints, base: int, mask: int, number: int, key: int) -> bool:
+    """Whether the cache at slot ``base`` holds ``key``, in the set of ``number``."""
+    if mask < 0:
+        return False
+    start = base + (number & mask) * WAYS
+    assume(start >= 0)
+    tag = int32(key)
+    low, high = (tags[start] == tag) | (tags[start + 1] == tag), (tags[start + 2] == tag) | (tags[start + 3] == tag)
+    return low | high
+
+
+@inline
+def enter(tags: Ints, turn: Bytes, base: int, mask: int, number: int, key: int) -> None:
+    """Enter ``key``, which the cache does not hold, in the way whose turn it is."""
+    if mask >= 0:
+        start = base + (number & mask) * WAYS
+        assume(start >= 0)
+        way = turn[start >> 2]
+        tags[start + way] = int32(key)
+        turn[start >> 2] = (way + 1) & (WAYS - 1)
+
+
+@inline
+def upper_key(number: int, context: int) -> int:
+    """Tag of GPT entry ``number`` in a paging-structure cache."""
+    return ((number + 1) << CONTEXT_BITS) | context
+
+
+@inline
+def physical_key(number: int, eptp: int) -> int:
+    """Tag of a guest-physical mapping: of a frame in the nested TLB, of an EPT entry in its cache."""
+    return ((number + 1) << EPTP_BITS) | eptp
+
+
+@inline
+def ept_walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, frame: int, eptp: int,
+             price: Words) -> int:  # fmt: skip
+    """Walk the EPT to gPA ``frame``; ``references << REFS_SHIFT | cost``. Sets A in the upper entries that it reads."""
+    assume(frame >= 0)
+    number = frame >> 9
+    refs = cost = 0
+    more = 1
+    if (tables.ept_pde[number] & HUGE) == 0:
+        refs, cost = 1, price[PRICE_EPT + 1]
+        key = physical_key(number, eptp)
+        if cached(tags, geometry.ept_pde, geometry.ept_pde_mask, number, key):
+            more = 0
+        else:
+            enter(tags, turn, geometry.ept_pde, geometry.ept_pde_mask, number, key)
+    if more == 1:
+        refs += 1
+        cost += price[PRICE_EPT + 2]
+        tables.ept_pde[number] |= ACCESSED
+        number >>= 9
+        key = physical_key(number, eptp)
+        if not cached(tags, geometry.ept_pdpte, geometry.ept_pdpte_mask, number, key):
+            enter(tags, turn, geometry.ept_pdpte, geometry.ept_pdpte_mask, number, key)
+            refs += 1
+            cost += price[PRICE_EPT + 3]
+            tables.ept_pdpte[number] |= ACCESSED
+            number >>= 9
+            key = physical_key(number, eptp)
+            if not cached(tags, geometry.ept_pml4e, geometry.ept_pml4e_mask, number, key):
+                enter(tags, turn, geometry.ept_pml4e, geometry.ept_pml4e_mask, number, key)
+                refs += 1
+                cost += price[PRICE_EPT + 4]
+                if geometry.ept_levels == 5:
+                    refs += 1
+                    cost += price[PRICE_EPT + 5]
+    return (refs << REFS_SHIFT) + cost
+
+
+@inline
+def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, chain: Words, ept: Words, table: int,
+         frame: int, context: int, eptp: int, slow_frames: int, epoch: int, price: Words) -> int:  # fmt: skip
+    """Walk to a page of leaf table ``table`` (or to its 2 MiB page) whose data lie in gPA ``frame``.
+
+    ``tags``, ``turn``: the vCPU's walk caches, int32[slots] and uint8[slots / 4]; ``chain``: int64[6] scratch.
+    ``epoch``: of the EPT, which a table's entry keeps from the last look at the EPT's entry for it, so that a walk
+    looks there again only after the host has changed the EPT. Returns ``references << REFS_SHIFT | cost_ps``, or
+    UNBACKED; ``chain[5]`` is then the table's gPA frame.
+    """
+    upper = tables.upper
+    assume(table >= 0)
+    huge = 1 if (upper[table] & HUGE) != 0 else 0
+    # Climb: chain[k] maps the table of level k + 1.
+    depth = 0
+    chain[0] = table
+    found = False
+    if huge == 0:
+        found = cached(tags, geometry.pde, geometry.pde_mask, table, upper_key(table, context))
+    if not found:
+        depth = 1
+        number = tables.parent[table]
+        chain[1] = number
+        found = cached(tags, geometry.pdpte, geometry.pdpte_mask, number, upper_key(number, context))
+        if not found:
+            depth = 2
+            number = tables.parent[number]
+            chain[2] = number
+            found = cached(tags, geometry.pml4e, geometry.pml4e_mask, number, upper_key(number, context))
+            if not found:
+                depth = 3
+                number = tables.parent[number]
+                chain[3] = number
+                if geometry.guest_levels == 5:
+                    depth = 4
+                    chain[4] = tables.parent[number]
+    total = 0
+    at = depth
+    translate = not found
+    result = 0
+    while True:
+        assume(at >= 0)
+        number = chain[at]
+        assume(number >= 0)
+        if translate:
+            base = (upper[number] & FRAME_MASK) >> FRAME_SHIFT
+            key = physical_key(base, eptp)
+            if not cached(tags, geometry.nested, geometry.nested_mask, base, key):
+                if (upper[number] & TABLE_SEEN_MASK) >> TABLE_SEEN_SHIFT != epoch:
+                    entry = ept[base]
+                    if (entry & PRESENT) == 0:
+                        chain[5] = base
+                        result = UNBACKED
+                        break
+                    ept[base] = entry | ACCESSED | DIRTY
+                    lies_slow = TABLE_SLOW if ((entry & FRAME_MASK) >> FRAME_SHIFT) >= slow_frames else 0
+                    kept = upper[number] & ~(TABLE_SLOW | TABLE_SEEN_MASK)
+                    upper[number] = kept | lies_slow | (epoch << TABLE_SEEN_SHIFT)
+                total += ept_walk(tags, turn, geometry, tables, base, eptp, price)
+                enter(tags, turn, geometry.nested, geometry.nested_mask, base, key)
+        slow = 1 if (upper[number] & TABLE_SLOW) != 0 else 0
+        total += (1 << REFS_SHIFT) + price[PRICE_GUEST + 2 * (at + 1) + slow]
+        if at == huge:
+            break
+        at -= 1
+        if (upper[chain[at]] & ACCESSED) == 0:
+            upper[chain[at]] |= ACCESSED
+        translate = True
+    if result == 0:
+        # A walk that faults enters nothing; one that does not enters all that it read.
+        if depth >= 1 and huge == 0:
+            enter(tags, turn, geometry.pde, geometry.pde_mask, table, upper_key(table, context))
+        if depth >= 2:
+            enter(tags, turn, geometry.pdpte, geometry.pdpte_mask, chain[1], upper_key(chain[1], context))
+        if depth >= 3:
+            enter(tags, turn, geometry.pml4e, geometry.pml4e_mask, chain[2], upper_key(chain[2], context))
+        result = total + ept_walk(tags, turn, geometry, tables, frame, eptp, price)
+    return result
+
+
+def price_walks(price: Words, costs: Costs, used_pages: int, llc_bytes: int, latency_ps: Words) -> int:
+    """Set ``price`` (int64[PRICES], ps) for a quantum; returns the bytes of the LLC share that are left for data.
+
+    A reference costs what the place of its line costs. Page-table lines are the hottest there are (one maps 32 KiB), so
+    they are taken to fill first the core's L2 and then the VM's LLC share (``llc_bytes``), upper levels first; what is
+    in neither is read from memory at the loaded latency ``latency_ps`` (int64[2, 2]) of the table's tier. Both page
+    tables of ``used_pages`` count. An upper bound of what LRU keeps there.
+    """
+    l2, llc = costs.l2_bytes, llc_bytes
+    for level in (5, 4, 3, 2, 1):
+        size = 2 * max(8, 8 * used_pages >> 9 * (level - 1))
+        in_l2 = min(l2, size)
+        in_llc = min(llc, size - in_l2)
+        l2, llc = l2 - in_l2, llc - in_llc
+        cached_ps = in_l2 * costs.walk_cached_ref_ps + in_llc * costs.llc_latency_ps
+        for slow in (0, 1):
+            memory_ps = (size - in_l2 - in_llc) * int(latency_ps[slow, 0])
+            price[PRICE_GUEST + 2 * level + slow] = (cached_ps + memory_ps) // size
+        price[PRICE_EPT + level] = price[PRICE_GUEST + 2 * level]
+    return llc

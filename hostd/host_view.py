@@ -67,10 +67,11 @@ class HostView(PageView):
 
     # -- operations for the coming quantum ----------------------------------------------------------------------
 
-    def _emit(self, kind: int, times: Words, a: Words, b: Words, flags: int = 0) -> None:
+    def _emit(self, kind: int, times: Words, a: Words, b: Words, flags: int = 0, busy_ps: int = 0) -> None:
         records = np.zeros(times.size, OPERATION)
         records["time_ps"], records["kind"], records["flags"] = times, kind, flags
         records["a"], records["b"] = a, b
+        records["hold_ps"], records["busy_ps"] = self._request_ps(), busy_ps
         self._operations.append(records)
 
     def stall(self, vcpu: int, start_ps: int, duration_ps: int) -> None:
@@ -122,8 +123,9 @@ class HostView(PageView):
         for start in range(first, first + count, PUD_PAGES):
             length = min(PUD_PAGES, first + count - start)
             one = np.array([self.now], np.int64)
-            self._emit(OP_ZAP, one, np.array([start], np.int64), np.array([length], np.int64), PROTNONE)
-            self.meter.charge(self.costs.protect_pte_ps * length + self._request_ps())
+            busy_ps = (self.costs.protect_pte_ps + self.costs.zap_pte_ps) * length + self._request_ps()
+            self._emit(OP_ZAP, one, np.array([start], np.int64), np.array([length], np.int64), PROTNONE, busy_ps)
+            self.meter.charge(busy_ps)
         return slow
 
     def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int, protect: bool) -> None:
@@ -136,7 +138,7 @@ class HostView(PageView):
         else:
             each = cost_ps + self._request_ps()
             times = self.now + each * np.arange(pages.size, dtype=np.int64)
-            self._emit(OP_MOVE, times, pages, targets.astype(np.int64), PROTNONE if protect else 0)
+            self._emit(OP_MOVE, times, pages, targets.astype(np.int64), PROTNONE if protect else 0, each)
             # Until a move is executed, nobody may move its page again, known by either frame.
             self.nodes.flags[targets] |= F_BUSY
             self.nodes.flags[frames] |= F_BUSY
@@ -151,7 +153,7 @@ class HostView(PageView):
             2 * costs.migrate_page_ps + copy_ps(costs, True, False) + copy_ps(costs, False, True) + self._request_ps()
         )
         times = self.now + each * np.arange(slow_pages.size, dtype=np.int64)
-        self._emit(OP_SWAP, times, slow_pages, fast_pages)
+        self._emit(OP_SWAP, times, slow_pages, fast_pages, 0, each)
         both = np.stack([slow_frames, fast_frames], axis=1).reshape(-1)
         self.nodes.flags[both] |= F_BUSY
         self._moving.append((np.repeat(times, 2), np.zeros(0, np.int32), both))

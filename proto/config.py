@@ -36,6 +36,8 @@ class GuestKernel(Struct, frozen=True):
     """Migration flushes once per batch (Linux 6.3 on) instead of once per page (5.15, the published baselines)."""
     thp: str = "never"
     """Transparent huge pages: ``never`` or ``always``."""
+    pti: bool = False
+    """Page-table isolation: flushing a page also executes an INVPCID for the user PCID."""
     pv_tlb_flush: bool = True
     """A shootdown skips preempted vCPUs, which flush at their next entry (KVM_FEATURE_PV_TLB_FLUSH)."""
     page_table_levels: int = 4

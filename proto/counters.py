@@ -25,8 +25,9 @@ class C(IntEnum):
     access__walks = auto()
     access__walk_refs = auto()
     access__walk_ps = auto()
-    access__stall_ps = auto()
-    access__think_ps = auto()
+    access__stlb_hits = auto()
+    access__fault_retries = auto()
+    """Faults after which the access walked again."""
 
     vmstat__nr_tlb_local_flush_one = auto()
     vmstat__nr_tlb_local_flush_all = auto()
@@ -53,11 +54,20 @@ class C(IntEnum):
     kvm__tlb_flush = auto()
     kvm__remote_tlb_flush = auto()
     kvm__remote_tlb_flush_requests = auto()
+    kvm__remote_flush_executions = auto()
+    """`tlb_flush` that remote requests caused: at most one a request and vCPU."""
+    kvm__pv_flushes = auto()
+    """`tlb_flush` on behalf of the guest, which found the vCPU preempted (KVM_VCPU_FLUSH_TLB)."""
     kvm__mmu_zapped = auto()
+    kvm__mmu_retries = auto()
+    """EPT violations taken again because a notifier was changing their page."""
+    kvm__mmu_lock_wait_ps = auto()
 
     exit__ept_violation = auto()
     exit__kick = auto()
     exit__pmi = auto()
+    exit__host_task = auto()
+    exit__preempted = auto()
 
     instr__invlpg = auto()
     instr__invpcid_0 = auto()
@@ -77,10 +87,34 @@ class C(IntEnum):
     pebs__drained_records = auto()
     pebs__ept_violations = auto()
 
-    time__exit_ps = auto()
-    time__stolen_ps = auto()
-    time__fault_ps = auto()
+    time__think_ps = auto()
+    """Compute between accesses. All of this group: vCPU time, kept in the vCPUs' ledgers."""
+    time__stall_ps = auto()
+    """Waiting for translations and memory."""
+    time__minor_fault_ps = auto()
+    time__hint_fault_ps = auto()
+    """NUMA hint faults, with the migrations in them."""
+    time__ept_violation_ps = auto()
+    """Exits for gPA frames that the EPT never mapped."""
+    time__ept_refault_ps = auto()
+    """Exits for gPA frames that management unmapped."""
+    time__kick_ps = auto()
+    """Exits forced by flush requests, with the flush at the entry."""
+    time__pmi_exit_ps = auto()
+    time__pml_full_ps = auto()
+    time__host_task_ps = auto()
+    """The vCPU's thread works for the host before it enters the guest again."""
+    time__preempted_ps = auto()
+    """Others run on the vCPU's pCPU."""
+    time__interrupt_ps = auto()
+    """Shootdown IPIs received, PMI handlers."""
+    time__agent_ps = auto()
+    """Kernel threads and task work of tiering on the vCPU."""
+    time__context_switch_ps = auto()
+    time__pebs_record_ps = auto()
     time__throttle_ps = auto()
+    """Out of the bandwidth that the host granted."""
+    time__halted_ps = auto()
 
     integrity__accesses_checked = auto()
     integrity__mismatches = auto()
@@ -89,6 +123,13 @@ class C(IntEnum):
 
 
 COUNTERS = len(C)
+LEDGER = C.time__halted_ps - C.time__think_ps + 1
+"""Parts of a vCPU's time."""
+EXIT_PARTS = ("ept_violation", "ept_refault", "kick", "pmi_exit", "pml_full", "host_task", "preempted", "halted")
+"""Parts of a vCPU's time in which it is outside guest mode."""
+STOLEN_PARTS = ("hint_fault", "ept_refault", "kick", "pmi_exit", "pml_full", "host_task", "interrupt", "agent",
+                "pebs_record")  # fmt: skip
+"""Parts of a vCPU's time that management took from it."""
 Counters = npt.NDArray[np.int64]
 """int64[COUNTERS]"""
 
@@ -105,6 +146,11 @@ def split(counters: Counters) -> dict[str, dict[str, int]]:
         group, name = index.name.split("__")
         groups.setdefault(group, {})[name] = int(counters[index])
     return groups
+
+
+def sum_parts(time_ps: dict[str, int], parts: tuple[str, ...]) -> int:
+    """Sum of some parts of the ``time`` group, ps."""
+    return sum(time_ps[f"{part}_ps"] for part in parts)
 
 
 def flush_totals(vmstat: dict[str, int], kvm: dict[str, int]) -> dict[str, int]:

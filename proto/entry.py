@@ -18,6 +18,8 @@ PRESENT = 1 << 0
 WRITABLE = 1 << 1
 ACCESSED = 1 << 5
 DIRTY = 1 << 6
+HUGE = 1 << 7
+"""In an entry above the leaf: it maps 2 MiB itself (PS). The leaf entries below it then only keep books."""
 PROTNONE = 1 << 8
 YOUNG = 1 << 9
 """Software bit: the A bit of an entry that was zapped, kept for the reclaim's next look (KVM: kvm_set_pfn_accessed)."""
@@ -26,6 +28,13 @@ FRAME_SHIFT = 12
 FRAME_BITS = 28
 FRAME_MASK = ((1 << FRAME_BITS) - 1) << FRAME_SHIFT
 FLAG_MASK = (1 << FRAME_SHIFT) - 1
+
+TABLE_SLOW = 1 << 44
+"""In an entry above the leaf of the GPT: the table that it maps lies in the slow tier, by the last look at the EPT."""
+TABLE_SEEN_SHIFT = 45
+TABLE_SEEN_BITS = 17
+TABLE_SEEN_MASK = ((1 << TABLE_SEEN_BITS) - 1) << TABLE_SEEN_SHIFT
+"""There too: the epoch of the EPT at that look (`guestd.walk`)."""
 
 VERSION_BITS = 18
 ENTRY_VERSION_SHIFT = 44
@@ -40,7 +49,7 @@ STAMP_OWNER_BITS = 16
 
 STAMP_TABLE_BASE = 3 << (STAMP_PAGE_BITS - 2)
 """Page numbers from here on name page-table pages and DS-area pages, which no gVA of the workload maps."""
-MAX_PAGES = 1 << 27
+MAX_PAGES = (1 << 27) - 512
 """Bound of a guest's dense page index (512 GiB of mapped gVA): it must fit the TLB's tag and leave room above."""
 MAX_VMS = (1 << STAMP_OWNER_BITS) - 1
 

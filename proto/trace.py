@@ -25,6 +25,8 @@ from proto.units import PAGE_SHIFT
 
 TRACE_VERSION = 1
 LOAD, STORE, MODIFY = 0, 1, 2
+LLC_HIT = 1 << 7
+"""Added to the kind of an access that the last-level cache serves."""
 """Values of `kind`; a modify is a read and a write of the same bytes by one instruction (Lackey's ``M``)."""
 LLC_HIT = 1 << 7
 """OR-ed to the kind of an access by a guest's workload: the last-level cache serves it. In no file."""

@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 
 from fleet.in_process import InProcessFleet
+from guestd.fault import table_frames
 from guestd.guest import Guest
-from guestd.llc import TABLE_BYTES_PER_PAGE
 from guestd.mm.nodes import F_ACTIVE, F_BUSY, F_LRU, NO_PAGE, Nodes
 from guestd.tiering.registry import policies
 from proto.arrays import Words
@@ -19,7 +19,7 @@ from proto.units import PS_PER_MS
 PAGES = 8192
 """32 MiB."""
 FAST_PAGES = PAGES // 5
-LLC_BYTES = TABLE_BYTES_PER_PAGE * PAGES * 7 // 8
+LLC_BYTES = 0
 """The page tables of one populated small guest and nothing else, so that data meets memory."""
 MEASURED = ("measured_s", "measured_cores", "floor_s", "guest_thread_s")
 ENGINE = EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=1024)
@@ -104,7 +104,7 @@ def check_memory(fleet: InProcessFleet) -> None:
         gpt = machine.gpt
         pages = np.flatnonzero(gpt & (PRESENT | PROTNONE))
         frames = (gpt[pages] & FRAME_MASK) >> FRAME_SHIFT
-        kernel = np.concatenate([machine.table_gpfn, machine.ds.gpfn.reshape(-1)])
+        kernel = np.concatenate([table_frames(machine.tables), machine.ds.gpfn.reshape(-1)])
         kernel = kernel[kernel >= 0]
         _check_nodes(guest.nodes, np.concatenate([frames, kernel]))
         assert (guest.nodes.page[frames] == pages).all()

@@ -9,12 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from guestd.address_space import AddressSpace
 from guestd.params import Param
 from proto.arrays import Bytes, Ints, Words
 from proto.config import GuestConfig
+from proto.trace import STORE
+from proto.units import PAGE_SHIFT
 
 MIB = 1 << 20
+ROOM = 512
+"""Least buffer that a generator needs which emits whole operations."""
+_CHUNK = 512
+_ALL = 1 << 62
 
 
 class Buffer(NamedTuple):
@@ -39,7 +47,11 @@ class Workload:
         return 0
 
     def generate(self, vcpu: int, buffer: Buffer) -> int:
-        """Fill the buffer with the next accesses of ``vcpu``; returns how many (never 0)."""
+        """Fill the buffer with the next accesses of ``vcpu``; returns how many (never 0).
+
+        A generator that emits whole operations leaves room that the next one might not fit into; it asks for buffers
+        of at least `ROOM`.
+        """
         raise NotImplementedError
 
     def set_llc(self, share_bytes: int) -> None:
@@ -49,6 +61,44 @@ class Workload:
     def heat(self) -> Words | None:
         """True heat: int64[pages], proportional to the accesses each page gets; None where it is not known."""
         return None
+
+
+def scaled_heat(heat: Words) -> Words:
+    """``heat`` (int64[pages], >= 0) so small that its product with the number of pages fits; what is hot stays so."""
+    excess = max(0, int(heat.max()).bit_length() + heat.size.bit_length() - 62)
+    return (heat + ((1 << excess) - 1)) >> excess
+
+
+class BuiltWorkload(Workload):
+    """A workload whose program builds a data structure first, as far ahead as its first touches are asked for.
+
+    vCPUs take the first touches in chunks, in the program's order; the page is the unit of first touch, so that each is
+    one store.
+    """
+
+    first_touch: Ints
+    """int32[pages at most]: dense pages in the order in which the program touches them first."""
+
+    def __init__(self) -> None:
+        self._populated = 0
+
+    def build(self, pages: int) -> int:
+        """Go on building until the first ``pages`` touches have been made, or all is built; returns how many have."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Build what is left."""
+        self.build(_ALL)
+
+    def populate(self, vcpu: int, buffer: Buffer) -> int:
+        """The next chunk of first touches, built when it is asked for."""
+        start = self._populated
+        wanted = start + min(buffer.address.size, _CHUNK)
+        self._populated = end = min(wanted, self.build(wanted))
+        buffer.address[: end - start] = self.first_touch[start:end].astype(np.int64) << PAGE_SHIFT
+        buffer.kind[: end - start] = STORE
+        buffer.think_ps[: end - start] = 0
+        return end - start
 
 
 @dataclass(frozen=True)

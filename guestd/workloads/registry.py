@@ -2,11 +2,13 @@
 
 from functools import cache
 
-from guestd.workloads import gups, scan, trace
+from guestd.workloads import bfs, btree, gups, pagerank, scan, silo, trace
 from guestd.workloads.base import WorkloadType
+
+_ALL = (gups.TYPE, scan.TYPE, btree.TYPE, silo.TYPE, pagerank.TYPE, bfs.TYPE, trace.TYPE)
 
 
 @cache
 def workloads() -> dict[str, WorkloadType]:
     """Name -> workload."""
-    return {kind.name: kind for kind in (gups.TYPE, scan.TYPE, trace.TYPE)}
+    return {kind.name: kind for kind in _ALL}

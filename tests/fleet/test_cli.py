@@ -117,7 +117,7 @@ def test_policies_are_listed_with_view_stages_and_source(capsys: pytest.CaptureF
 
 def test_workloads_are_listed_with_their_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     known = Outcome(capsys, "workloads", "--json").json
-    assert {"gups", "scan", "trace"} <= set(known)
+    assert {"gups", "scan", "trace", "btree", "silo", "pagerank", "bfs"} <= set(known)
     assert "workload.layout" in Outcome(capsys, "workloads", "--params").out
 
 

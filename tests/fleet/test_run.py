@@ -53,6 +53,20 @@ def test_a_run_ends_with_table_and_figure_and_never_overwrites_another(tmp_path:
     assert (tmp_path / "out" / "summary.json").read_bytes() == before
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("workload", ["btree", "silo", "pagerank", "bfs"])
+def test_real_data_structures_run_without_a_mismatch(workload: str, tmp_path: Path) -> None:
+    flags = ("--policy", "g-tpp", "--memory", "64MiB", "--vcpus", "2", "--seconds", "0.2", "--seed", "5", "--json")
+    done = fleet("--workload", workload, *flags, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    (vm,) = json.loads(done.stdout)["vms"]
+    assert vm["workload"] == workload
+    assert vm["integrity"]["mismatches"] == 0
+    assert vm["integrity"]["pages_checked"] == pytest.approx(16384 * 0.875, rel=0.02)
+    assert 0 < vm["hotness"]["oracle_fast_ratio"] <= 1
+    assert vm["access"]["stores"] > 0
+
+
 # --- acceptance: whole runs of real processes, as a user starts them -------------------------------------------------
 
 EVERY_DESIGN = """

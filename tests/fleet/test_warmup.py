@@ -47,6 +47,7 @@ def test_each_mechanism_of_each_policy_acts_in_its_few_milliseconds(costs: Costs
 
 SCRIPT = """
 import gc
+import msgspec
 from numba.core.dispatcher import Dispatcher
 from fleet import hosts
 from fleet.warmup import warm_up
@@ -66,6 +67,11 @@ assert len(before) > 20
 for policy in policies():
     run_fleet(small_guest(costs, policy, params={}, run_ms=40))
     run_fleet(small_guest(costs, policy, run_ms=40, workload={"layout": "scattered"}))
+variants = {"btree": {"load": "sorted", "order": 32}, "silo": {"keys": "ordered", "period": 1000},
+            "pagerank": {}, "bfs": {}}
+for name, params in variants.items():
+    guest = small_guest(costs, "oracle", run_ms=40, workload=params)
+    run_fleet(msgspec.structs.replace(guest, workload=name))
 print(sorted(compiled() - before))
 """
 """A process of its own, in which no other test has compiled anything. What comes from the cache on disk counts too."""

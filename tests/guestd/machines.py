@@ -7,13 +7,15 @@ import msgspec
 import numpy as np
 
 from fleet.in_process import InProcessFleet
+from guestd.address_space import AddressSpace, Vma
 from guestd.guest import Guest
-from guestd.llc import TABLE_BYTES_PER_PAGE
 from guestd.machine import Machine, S
+from guestd.mmu_lock import new_mmu_lock
 from guestd.pebs import new_ds_area
 from guestd.tiering.policy import Sampling
+from guestd.tlb import tlb_geometry
 from guestd.vcpu import LENGTH, POSITION, new_vcpus
-from guestd.walk import PRICES
+from guestd.walk import PRICES, PageTables, walk_geometry
 from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, HostKernel, Scalar
 from proto.costs import Costs
 from proto.counters import new_counters
@@ -21,50 +23,71 @@ from proto.entry import FRAME_SHIFT, PRESENT, WRITABLE, owner_stamp
 from proto.trace import LOAD
 from proto.units import PAGE_SHIFT, PS_PER_MS, PS_PER_NS
 
-SLOTS = 256
+SLOTS = 4096
 """Frame slots of a bare machine; the first half is fast."""
-GPA_PAGES = 1 << 13
-TABLES = 6
-TABLE_BYTES = 1 << 21
+GPA_PAGES = 1 << 14
+"""gPA frames of a bare machine, but for its DS areas, which lie behind them."""
+TABLE_SLOTS = 3 * SLOTS // 8
+"""First of the fast slots that hold page-table pages; every other one lies in as many slow slots behind the middle."""
+VMAS = [
+    Vma(name, start, 512)
+    for name, start in (
+        ("heap", 0x5555_5540_0000), ("next", 0x5555_5560_0000), ("far", 0x5555_8000_0000), ("small", 0x5555_8020_0000),
+        ("ept 2m", 0x55D5_5540_0000), ("both 2m", 0x7000_0000_0000), ("fractured", 0x7000_4000_0000),
+        ("last", 0x7FFF_F000_0000),
+    )
+]  # fmt: skip
+"""Eight leaf tables, which differ in the level from which on their ways up are one."""
+TABLES = len(VMAS)
 
 
 def small_costs(costs: Costs, **changes: object) -> Costs:
     """``costs`` with caches so small that a few dozen pages overflow them, and with ``changes``."""
-    small: dict[str, Any] = {"stlb_entries": 16, "stlb_ways": 4, "pde_cache_entries": 4, "nested_tlb_entries": 8,
-                             "ept_pde_cache_entries": 4}  # fmt: skip
+    small: dict[str, Any] = {"l1_dtlb_4k_entries": 8, "l1_dtlb_4k_ways": 4, "l1_dtlb_2m_entries": 2,
+                             "l1_dtlb_2m_ways": 2, "stlb_entries": 16, "stlb_ways": 4, "stlb_2m_ways": 2,
+                             "pde_cache_entries": 4, "pdpte_cache_entries": 4, "pml4e_cache_entries": 4,
+                             "nested_tlb_entries": 8, "ept_pde_cache_entries": 4, "ept_pdpte_cache_entries": 4,
+                             "ept_pml4e_cache_entries": 4}  # fmt: skip
     return msgspec.structs.replace(costs, **small | changes)
 
 
-def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | None = None) -> Machine:
-    """A machine with nothing mapped but its DS areas, which lie behind the gPA space of 8192 pages.
-
-    It has 6 leaf tables of gVA and 128 frame slots in each tier.
-    """
+def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | None = None, guest_levels: int = 4,
+                 ept_levels: int = 4) -> Machine:  # fmt: skip
+    """A machine with the page-table pages of `VMAS`, backed, and its DS areas; no leaf is mapped."""
     state, price = np.zeros(len(S), np.int64), np.zeros(PRICES, np.int64)
     state[S.LEFT] = -1
     state[S.OWNER] = owner_stamp(3)
     state[S.SLOW_FRAMES] = SLOTS // 2
     state[S.MLP_Q8] = 256
-    state[S.FLUSH_PS] = costs.invept_ps
-    state[S.VMEXIT_PS] = costs.vmexit_ps
+    state[S.INVEPT_PS], state[S.VMEXIT_PS] = costs.invept_ps, costs.vmexit_ps
+    state[S.EPT_VIOLATION_PS], state[S.MMU_LOCK_PS] = costs.ept_violation_ps, costs.mmu_lock_hold_ps
     state[S.SLICE_PS] = 1000 * PS_PER_NS
-    state[S.STLB_HIT_PS] = costs.stlb_hit_ps
-    state[S.LLC_PS] = costs.llc_latency_ps
-    price[:] = (5 * PS_PER_NS, 22 * PS_PER_NS, 31 * PS_PER_NS, 23 * PS_PER_NS)
-    tables = np.arange(TABLES, dtype=np.int64)
+    state[S.STLB_HIT_PS], state[S.LLC_PS] = costs.stlb_hit_ps, costs.llc_latency_ps
+    state[[S.TDP_MMU, S.EPT_EPOCH]] = 1
+    price[:] = (3 + np.arange(PRICES)) * PS_PER_NS
+    space = AddressSpace(VMAS)
+    upper, parent = space.upper_entries(guest_levels)
     ds = new_ds_area(vcpus, 1, sampling, costs)
-    ept = np.zeros(GPA_PAGES + vcpus, np.int64)
-    ept[GPA_PAGES:] = (SLOTS + np.arange(vcpus)) << FRAME_SHIFT | PRESENT | WRITABLE
+    ept = np.zeros(GPA_PAGES + 512, np.int64)
+    stamps = np.zeros(SLOTS + vcpus, np.int64)
+    ept[GPA_PAGES : GPA_PAGES + vcpus] = (SLOTS + np.arange(vcpus)) << FRAME_SHIFT | PRESENT | WRITABLE
     ds.gpfn[:] = GPA_PAGES + np.arange(vcpus).reshape(-1, 1)
+    # Page-table pages lie 150 gPA frames apart, so that some share 2 MiB of gPA and others do not.
+    number = np.arange(upper.size)
+    gpfns = GPA_PAGES - 1 - 150 * number
+    upper[:] = gpfns << FRAME_SHIFT | PRESENT | WRITABLE
+    ept[gpfns] = (TABLE_SLOTS + number + number % 2 * SLOTS // 2) << FRAME_SHIFT | PRESENT | WRITABLE
     return Machine(
         vcpus=new_vcpus(vcpus, costs, seed),
-        gpt=np.zeros(TABLES << 9, np.int64),
+        tlb_geometry=tlb_geometry(costs),
+        walk_geometry=walk_geometry(costs, guest_levels, ept_levels),
+        gpt=np.zeros(space.pages, np.int64),
+        tables=PageTables(upper, parent, np.zeros(ept.size >> 9, np.uint8), np.zeros(1, np.uint8)),
         ept=ept,
-        stamps=np.zeros(SLOTS, np.int64),
-        table_gva=0x5555_5540_0000 + tables * 3 * TABLE_BYTES,
-        table_gpfn=GPA_PAGES - 1 - tables * 700,
-        table_slow=tables & 1,
+        stamps=stamps,
+        table_gva=space.table_gva,
         ds=ds,
+        mmu_lock=new_mmu_lock(),
         state=state,
         latency_ps=np.array([[69, 60], [300, 177]], np.int64) * PS_PER_NS,
         read_bytes=np.array([[64, 64], [256, 0]], np.int64),
@@ -81,6 +104,7 @@ def fill(machine: Machine, vcpu: int, addresses: list[int], kind: int = LOAD) ->
     vcpus.address[vcpu, : len(addresses)] = addresses
     vcpus.kind[vcpu, : len(addresses)] = kind
     vcpus.think_ps[vcpu, : len(addresses)] = 0
+    vcpus.retries[vcpu, : len(addresses)] = 0
     vcpus.field[vcpu, POSITION], vcpus.field[vcpu, LENGTH] = 0, len(addresses)
 
 
@@ -136,9 +160,9 @@ def start_fleet(
 ) -> InProcessFleet:
     """One guest with its host, before the first message.
 
-    ``llc_bytes``: of the host; None = the page tables of a populated GUPS and nothing else, so that data meets memory.
+    ``llc_bytes``: of the host; None = none, so that data meets memory.
     """
-    llc_bytes = TABLE_BYTES_PER_PAGE * config.total_pages * 7 // 8 if llc_bytes is None else llc_bytes
+    llc_bytes = 0 if llc_bytes is None else llc_bytes
     costs = msgspec.structs.replace(config.costs, llc_bytes=llc_bytes)
     host = HostConfig(costs=costs, engine=config.engine, sample_ps=config.sample_ps)
     return InProcessFleet(host, [config], make_guest)

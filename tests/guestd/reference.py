@@ -1,19 +1,17 @@
 """The vCPU engine a second time, in plain Python, to hold the compiled one against.
 
-One access at a time, lists and dictionaries for the caches, no prefetch, no chunk, no shared totals: every law (what a
-walk references, what sets an A or D bit, what an INVEPT drops, when a record is written) is spelled out where it acts.
-It starts from a `guestd.machine.Machine` whose caches are empty, and then keeps its own tables.
+One access at a time, no prefetch, no chunk, no shared totals: every law (what sets an A or D bit, what a kick costs,
+who waits for mmu_lock, when a record is written) is spelled out where it acts. The translation hardware is in
+`tests.guestd.reference_mmu`. It starts from a `guestd.machine.Machine` whose caches are empty, and then keeps its own
+tables.
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from guestd import pebs, vcpu, walk
+from guestd import mmu_lock, pebs, vcpu
 from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI, REACHED
 from guestd.machine import Machine, S
 from proto.counters import C
@@ -23,65 +21,21 @@ from proto.entry import (
     ENTRY_VERSION_SHIFT,
     FRAME_MASK,
     FRAME_SHIFT,
+    HUGE,
     PRESENT,
     PROTNONE,
     STAMP_PAGE_SHIFT,
     STAMP_VERSION_MASK,
+    TABLE_SEEN_MASK,
     VERSION_BITS,
     WRITABLE,
     YOUNG,
 )
-from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP
+from proto.layout import OP_FLUSH, OP_STALL, OP_SWAP, OP_ZAP
 from proto.trace import LLC_HIT, LOAD, STORE
+from tests.guestd.reference_mmu import Mmu, Tables, frame_of, new_mmu
 
-Value = TypeVar("Value")
-
-
-class Cache(Generic[Value]):
-    """A set-associative cache with bit-PLRU replacement: a way is used or not; when all are, only the newest stays."""
-
-    def __init__(self, entries: int, ways: int) -> None:
-        self.ways = ways
-        self.sets: list[list[tuple[int, Value] | None]] = [[None] * ways for _ in range(entries // ways)]
-        self.used: list[set[int]] = [set() for _ in self.sets]
-
-    def _way(self, key: int) -> int | None:
-        tags = self.sets[key % len(self.sets)]
-        return next((way for way, entry in enumerate(tags) if entry is not None and entry[0] == key), None)
-
-    def get(self, key: int) -> Value | None:
-        """Its value; looking does not count as use."""
-        way = self._way(key)
-        entry = None if way is None else self.sets[key % len(self.sets)][way]
-        return None if entry is None else entry[1]
-
-    def use(self, key: int) -> None:
-        index, way = key % len(self.sets), self._way(key)
-        assert way is not None
-        used = self.used[index] | {way}
-        self.used[index] = {way} if len(used) == self.ways else used
-
-    def put(self, key: int, value: Value) -> None:
-        """Replace its value, or the first way that is not marked used; no use yet."""
-        index, way = key % len(self.sets), self._way(key)
-        if way is None:
-            way = min(set(range(self.ways)) - self.used[index])
-        self.sets[index][way] = (key, value)
-
-    def drop(self, key: int) -> None:
-        if (way := self._way(key)) is not None:
-            self.sets[key % len(self.sets)][way] = None
-
-    def clear(self) -> None:
-        """Contents go, the used marks stay."""
-        self.sets = [[None] * self.ways for _ in self.sets]
-
-    def __contains__(self, key: int) -> bool:
-        return self._way(key) is not None
-
-    def keys(self) -> list[int]:
-        """Cached keys in order of set and way."""
-        return [entry[0] for tags in self.sets for entry in tags if entry is not None]
+PARTS = [name.removeprefix("time__").removesuffix("_ps") for name in C.__members__ if name.startswith("time__")]
 
 
 @dataclass
@@ -93,25 +47,38 @@ class Access:
     think_ps: int = 0
     fault_ps: int = 0
     exit_ps: int = 0
+    fault_part: int = vcpu.MINOR_FAULT
+    exit_part: int = vcpu.EPT_VIOLATION
+    retries: int = 0
+
+
+@dataclass
+class Operation:
+    """`proto.layout.OPERATION`"""
+
+    time: int
+    kind: int
+    flags: int = 0
+    a: int = 0
+    b: int = 0
+    hold: int = 0
+    busy: int = 0
 
 
 @dataclass
 class ReferenceVcpu:
-    """One vCPU. ``tlb``: page -> (frame slot, dirty)."""
+    """One vCPU."""
 
-    tlb: Cache[tuple[int, bool]]
-    pde: Cache[None]
-    nested: Cache[None]
-    ept_pde: Cache[None]
+    mmu: Mmu
     random: int
     tag_left: int
     clock: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
     queue: list[Access] = field(default_factory=list)
     idle: bool = False
+    off_pcpu: bool = False
     last_block: int = -1
     last_written: int = -1
-    guest_upper: bool = False
-    ept_upper: bool = False
     exit: tuple[int, int] = (0, 0)
     """The last VM exit, [start, end)."""
     flush_at_entry: bool = False
@@ -125,146 +92,120 @@ class ReferenceVcpu:
     """(event, time, gVA, slow, latency in ns)"""
     latencies: Counter[int] = field(default_factory=Counter)
 
+    def spend(self, part: str, ps: int) -> None:
+        """Its clock never moves without its ledger."""
+        self.clock += ps
+        self.parts[part] += ps
 
-def _frame(entry: int) -> int:
-    return (entry & FRAME_MASK) >> FRAME_SHIFT
+    def leave(self, start: int, duration: int) -> None:
+        """A VM exit."""
+        self.exit = (start, start + duration)
+        self.flush_at_entry = False
 
 
 class Reference:
     """See the module."""
 
     def __init__(self, machine: Machine) -> None:
-        vcpus, state, params = machine.vcpus, machine.state, machine.ds.params
-        count, sets = vcpus.tlb_recent.shape
-        assert not vcpus.tlb.any() and not vcpus.pde.any() and not vcpus.nested.any() and not vcpus.ept_pde.any()
+        state = machine.state
         self.vcpus = [
             ReferenceVcpu(
-                tlb=Cache(vcpus.tlb.shape[1], vcpus.tlb.shape[1] // sets),
-                pde=Cache(vcpus.pde.shape[1], 4),
-                nested=Cache(vcpus.nested.shape[1], 4),
-                ept_pde=Cache(vcpus.ept_pde.shape[1], 4),
-                random=int(vcpus.field[i, vcpu.RANDOM]),
-                tag_left=int(vcpus.field[i, vcpu.TAG_LEFT]),
+                mmu=new_mmu(machine, i),
+                random=int(machine.vcpus.field[i, vcpu.RANDOM]),
+                tag_left=int(machine.vcpus.field[i, vcpu.TAG_LEFT]),
                 ds_gpfn=int(machine.ds.gpfn[i, 0]) if machine.ds.gpfn.size else 0,
             )
-            for i in range(count)
+            for i in range(machine.vcpus.field.shape[0])
         ]
-        self.gpt: list[int] = machine.gpt.tolist()
-        self.ept: list[int] = machine.ept.tolist()
+        self.tables = Tables(
+            machine.gpt.tolist(), machine.ept.tolist(), machine.tables.upper.tolist(), machine.tables.parent.tolist(),
+            machine.tables.ept_pde.tolist(), machine.tables.ept_pdpte.tolist(), machine.walk_geometry.guest_levels,
+            machine.walk_geometry.ept_levels, int(state[S.SLOW_FRAMES]),
+        )  # fmt: skip
+        self.gpt, self.ept = self.tables.gpt, self.tables.ept
         self.stamps: list[int] = machine.stamps.tolist()
-        self.table_gpfn: list[int] = machine.table_gpfn.tolist()
-        self.table_slow: list[int] = machine.table_slow.tolist()
         self.table_gva: list[int] = machine.table_gva.tolist()
         self.latency: list[list[int]] = machine.latency_ps.tolist()
         self.read_bytes: list[list[int]] = machine.read_bytes.tolist()
         self.write_bytes: list[list[int]] = machine.write_bytes.tolist()
         self.budget: list[list[int]] = machine.budget.tolist()
         self.price: list[int] = machine.price.tolist()
-        self.params: list[int] = params.tolist()
-        self.owner = int(state[S.OWNER])
-        self.slow_frames = int(state[S.SLOW_FRAMES])
-        self.mlp = int(state[S.MLP_Q8])
-        self.flush_ps = int(state[S.FLUSH_PS])
-        self.vmexit_ps = int(state[S.VMEXIT_PS])
-        self.slice_ps = int(state[S.SLICE_PS])
-        self.hit_ps = int(state[S.STLB_HIT_PS])
-        self.llc_ps = int(state[S.LLC_PS])
-        self.now = int(state[S.NOW])
-        self.end_ps = 0
-        self.left = int(state[S.LEFT])
-        self.turn = 0
+        self.params: list[int] = machine.ds.params.tolist()
+        self.state: list[int] = state.tolist()
+        self.now, self.left, self.end_ps, self.turn = int(state[S.NOW]), int(state[S.LEFT]), 0, 0
         self.counters: Counter[str] = Counter()
+        self.notifier = (0, 0, 0)
+        """First and last + 1 gPA frame, end in ps."""
+        self.migrating: tuple[tuple[int, ...], int] = ((), 0)
+        self.held: Counter[int] = Counter()
+        """Bin of mmu_lock's time -> for how long it is held."""
 
     # -- one access ---------------------------------------------------------------------------------------------
 
-    def _ept_refs(self, cpu: ReferenceVcpu, gpfn: int) -> int:
-        """References above the leaf of an EPT walk: three cold, one when the top is cached, none below a cached PDE."""
-        if self._cached(cpu.ept_pde, gpfn // 512):
-            return 0
-        refs = 1 if cpu.ept_upper else 3
-        cpu.ept_upper = True
-        return refs
-
-    @staticmethod
-    def _cached(cache: Cache[None], key: int) -> bool:
-        hit = key in cache
-        if not hit:
-            cache.put(key, None)
-        cache.use(key)
-        return hit
-
-    def _walk(self, cpu: ReferenceVcpu, table: int, gpfn: int) -> tuple[int, int]:
-        """(references, cost in ps) of the walk to a page of leaf table ``table`` that lies in ``gpfn``."""
-        upper, ept_leaves = 0, 1
-        if not self._cached(cpu.pde, table):
-            levels = 1 if cpu.guest_upper else 3
-            cpu.guest_upper = True
-            upper += levels
-            # An upper page-table page is itself in gPA; its key must not meet a leaf table's.
-            if not self._cached(cpu.nested, (1 << 40) + table // 512):
-                upper += levels * (1 + self._ept_refs(cpu, self.table_gpfn[table]))
-        if not self._cached(cpu.nested, table):
-            upper += self._ept_refs(cpu, self.table_gpfn[table])
-            ept_leaves += 1
-        upper += self._ept_refs(cpu, gpfn)
-        leaf = walk.PRICE_GUEST_LEAF_SLOW if self.table_slow[table] else walk.PRICE_GUEST_LEAF_FAST
-        cost = upper * self.price[walk.PRICE_UPPER] + ept_leaves * self.price[walk.PRICE_EPT_LEAF] + self.price[leaf]
-        return upper + ept_leaves + 1, cost
-
-    def _translate(self, cpu: ReferenceVcpu, page: int, write: bool) -> tuple[int, int] | None:
+    def _translate(self, cpu: ReferenceVcpu, access: Access) -> tuple[int, int] | None:
         """(frame slot, cost in ps), or None for a fault."""
-        cached = cpu.tlb.get(page)
-        if cached is not None and (cached[1] or not write):
-            cpu.tlb.use(page)
-            return cached[0], self.hit_ps
-        guest = self.gpt[page]
-        if not guest & PRESENT or guest & PROTNONE or (write and not guest & WRITABLE):
-            return None
-        gpfn = _frame(guest)
+        page, write = access.address >> 12, access.kind % LLC_HIT != LOAD
+        found = cpu.mmu.look_up(page)
+        if found and (found[1] or not write):
+            self.counters["access__stlb_hits"] += found[2]
+            return found[0], self.state[S.STLB_HIT_PS] if found[2] else 0
+        guest, gpfn = self.gpt[page], frame_of(self.gpt[page])
         host = self.ept[gpfn]
-        if not host & PRESENT or (write and not host & WRITABLE):
+        if not guest & PRESENT or guest & PROTNONE or not host & PRESENT:
             return None
+        if write and not guest & host & WRITABLE:
+            return None
+        refs = cpu.mmu.walk(self.tables, page, self.price)
+        if refs is None:
+            return None
+        walks = 1 + access.retries
+        self.counters["access__fault_retries"] += access.retries
+        self.counters["access__walks"] += walks
+        self.counters["access__walk_refs"] += walks * len(refs)
+        self.counters["access__walk_ps"] += walks * sum(refs)
+        self.counters["access__dirty_assists" if found else "access__tlb_misses"] += 1
         bits = ACCESSED | (DIRTY if write else 0)
-        self.gpt[page] |= bits
-        self.ept[gpfn] |= bits
-        refs, cost = self._walk(cpu, page // 512, gpfn)
-        self.counters["access__walks"] += 1
-        self.counters["access__walk_refs"] += refs
-        self.counters["access__walk_ps"] += cost
-        self.counters["access__tlb_misses" if cached is None else "access__dirty_assists"] += 1
-        cpu.tlb.put(page, (_frame(host), write))
-        cpu.tlb.use(page)
-        return _frame(host), cost
+        guest_huge = bool(self.tables.upper[page // 512] & HUGE)
+        ept_huge = bool(self.tables.ept_pde[gpfn // 512] & HUGE)
+        if guest_huge:
+            self.tables.upper[page // 512] |= bits
+        else:
+            self.gpt[page] |= bits
+        if ept_huge:
+            self.tables.ept_pde[gpfn // 512] |= bits
+        else:
+            self.ept[gpfn] |= bits
+        if found:
+            cpu.mmu.renew(page, frame_of(host))
+        else:
+            cpu.mmu.fill(page, frame_of(host), write, guest_huge, ept_huge)
+        return frame_of(host), walks * sum(refs)
 
     def _access(self, cpu: ReferenceVcpu) -> int:
         """The next access of ``cpu``'s queue; REACHED, or why it (or the next) can't be made."""
         access = cpu.queue[0]
         hit, kind = access.kind >= LLC_HIT, access.kind % LLC_HIT
         page, write = access.address >> 12, kind != LOAD
-        translated = self._translate(cpu, page, write)
+        translated = self._translate(cpu, access)
         if translated is None:
             return FAULT
         slot, walk_ps = translated
-        slow = int(slot >= self.slow_frames)
+        mlp = self.state[S.MLP_Q8]
+        slow = int(slot >= self.tables.slow_frames)
         local = int(access.address // 256 == cpu.last_block)
         if not hit and (self.budget[0][slow] <= 0 or (write and self.budget[1][slow] <= 0)):
-            self.counters["time__throttle_ps"] += self.end_ps - cpu.clock
-            cpu.clock = self.end_ps
+            cpu.spend("stall", walk_ps * mlp // 256)
+            cpu.spend("throttle", max(0, self.end_ps - cpu.clock))
             return REACHED
         del cpu.queue[0]
-        if not hit:
-            cpu.last_block = access.address // 256
-        cpu.clock += access.fault_ps
-        if access.exit_ps:
-            cpu.exit = (cpu.clock, cpu.clock + access.exit_ps)
-            cpu.clock += access.exit_ps
-            cpu.flush_at_entry = False
+        if access.retries:
+            self._serve_faults(cpu, access, frame_of(self.gpt[page]))
         version = self.gpt[page] >> ENTRY_VERSION_SHIFT & STAMP_VERSION_MASK
         stamp = self.stamps[slot]
-        self.counters["integrity__mismatches"] += stamp != self.owner | page << STAMP_PAGE_SHIFT | version
-        latency = walk_ps + (self.llc_ps if hit else self.latency[slow][local])
-        cost = latency * self.mlp // 256
+        self.counters["integrity__mismatches"] += stamp != self.state[S.OWNER] | page << STAMP_PAGE_SHIFT | version
+        latency = walk_ps + (self.state[S.LLC_PS] if hit else self.latency[slow][local])
         if not hit:
+            cpu.last_block = access.address // 256
             self.budget[0][slow] -= self.read_bytes[slow][local]
             if write:
                 self.budget[1][slow] -= self.write_bytes[slow][int(access.address // 256 == cpu.last_written)]
@@ -274,25 +215,58 @@ class Reference:
             self.gpt[page] += (next_version - version) << ENTRY_VERSION_SHIFT
             old = stamp & STAMP_VERSION_MASK
             self.stamps[slot] = stamp - old + (old + 1) % (1 << VERSION_BITS)
-        cpu.clock += access.think_ps + cost
+        cpu.spend("think", access.think_ps)
+        cpu.spend("stall", latency * mlp // 256)
         cpu.latencies[min(latency >> vcpu.LATENCY_BIN_SHIFT, vcpu.LATENCY_BINS - 1)] += 1
-        self.left -= 1
+        self.left -= self.left > 0
         for name, amount in (
             ("access__total", 1),
             ("access__slow" if slow else "access__fast", 1),
             ("access__llc_hits", hit),
             ("access__loads", kind != STORE),
             ("access__stores", write),
-            ("access__think_ps", access.think_ps),
-            ("access__stall_ps", cost),
             ("integrity__accesses_checked", 1),
         ):
             self.counters[name] += int(amount)
         gva = self.table_gva[page // 512] + access.address % (512 * 4096)
         return self._sample(cpu, kind, gva, slow, latency)
 
+    def _serve_faults(self, cpu: ReferenceVcpu, access: Access, gpfn: int) -> None:
+        cpu.spend(PARTS[access.fault_part], access.fault_ps)
+        if not access.exit_ps:
+            return
+        wait, (first, end, until) = 0, self.notifier
+        if cpu.clock < until and first <= gpfn < end:
+            wait = until - cpu.clock
+            again = -(-wait // self.state[S.EPT_VIOLATION_PS])
+            self.counters["kvm__mmu_retries"] += again
+            self.counters["exit__ept_violation"] += again
+        if cpu.clock < self.migrating[1] and gpfn in self.migrating[0]:
+            wait = max(wait, self.migrating[1] - cpu.clock)
+        hold = 0 if self.state[S.TDP_MMU] else self.state[S.MMU_LOCK_PS]
+        locked = self._lock(cpu.clock + wait, hold)
+        self.counters["kvm__mmu_lock_wait_ps"] += locked
+        outside = access.exit_ps + wait + locked
+        cpu.leave(cpu.clock, outside)
+        cpu.spend(PARTS[access.exit_part], outside)
+
+    def _lock(self, time: int, hold: int) -> int:
+        """Wait for mmu_lock, then hold it in whatever is free; the wait."""
+        number = time // mmu_lock.BIN_PS
+        while self.held[number] >= mmu_lock.BIN_PS:
+            number += 1
+        wait = max(0, number * mmu_lock.BIN_PS - time)
+        number = (time + wait) // mmu_lock.BIN_PS
+        while hold > 0:
+            taken = min(hold, mmu_lock.BIN_PS - self.held[number])
+            self.held[number] += taken
+            hold -= taken
+            number += 1
+        return wait
+
     def _sample(self, cpu: ReferenceVcpu, kind: int, gva: int, slow: int, latency: int) -> int:
         params = self.params
+        fired = []
         if kind != STORE and params[pebs.P_LOAD_PERIOD]:
             cpu.tag_left -= 1
             if cpu.tag_left <= 0:
@@ -301,19 +275,17 @@ class Reference:
                 cpu.load_count += latency >= params[pebs.P_THRESHOLD_PS]
                 if cpu.load_count == params[pebs.P_LOAD_PERIOD]:
                     cpu.load_count = 0
-                    if self._record(cpu, (pebs.EVENT_LOAD, cpu.clock, gva, slow, latency // 1000)):
-                        return PMI
+                    fired.append(pebs.EVENT_LOAD)
         if kind != LOAD and params[pebs.P_STORE_PERIOD]:
             cpu.store_count += 1
             if cpu.store_count == params[pebs.P_STORE_PERIOD]:
                 cpu.store_count = 0
-                if self._record(cpu, (pebs.EVENT_STORE, cpu.clock, gva, slow, latency // 1000)):
-                    return PMI
-        return REACHED
+                fired.append(pebs.EVENT_STORE)
+        service = [self._record(cpu, (event, cpu.clock, gva, slow, latency // 1000)) for event in fired]
+        return PMI if any(service) else REACHED
 
     def _record(self, cpu: ReferenceVcpu, record: tuple[int, int, int, int, int]) -> bool:
-        cpu.clock += self.params[pebs.P_RECORD_PS]
-        self.counters["time__stolen_ps"] += self.params[pebs.P_RECORD_PS]
+        cpu.spend("pebs_record", self.params[pebs.P_RECORD_PS])
         if len(cpu.records) == self.params[pebs.P_MAXIMUM]:
             self.counters["pebs__dropped"] += 1
             return True
@@ -327,90 +299,105 @@ class Reference:
 
     # -- vCPUs in turn ------------------------------------------------------------------------------------------
 
-    def run(self, operations: list[tuple[int, int, int, int, int]], until: int) -> int:
-        """Run to ``until``; ``operations``: (time, kind, flags, a, b), taken from the front when executed."""
+    def run(self, operations: list[Operation], until: int) -> int:
+        """Run to ``until``; ``operations`` are taken from the front when executed."""
+        slices = [self.state[S.SLICE_PS]] + ([self.state[S.HOST_SLICE_PS]] if self.state[S.PCPUS] else [])
         while True:
-            boundary = min(until, (self.now // self.slice_ps + 1) * self.slice_ps)
+            boundary = min(until, *((self.now // length + 1) * length for length in slices))
             if operations:
-                boundary = min(boundary, max(self.now, operations[0][0]))
+                boundary = min(boundary, max(self.now, operations[0].time))
             while self.turn < len(self.vcpus):
-                reason = self._slice(self.vcpus[self.turn], boundary)
+                reason = self._slice(self.turn, boundary)
                 if reason != REACHED:
                     return reason
                 self.turn += 1
             self.turn = 0
             self.now = boundary
-            while operations and operations[0][0] <= boundary:
-                self.operate(*operations.pop(0))
+            while operations and operations[0].time <= boundary:
+                self.operate(operations.pop(0))
             if boundary >= until:
                 return REACHED
 
-    def _slice(self, cpu: ReferenceVcpu, until: int) -> int:
+    def _slice(self, index: int, until: int) -> int:
+        cpu = self.vcpus[index]
         if cpu.idle:
-            cpu.clock = max(cpu.clock, until)
-        while cpu.clock < until:
-            if not cpu.queue:
-                return NEED_ACCESSES
+            cpu.spend("halted", max(0, until - cpu.clock))
+        elif self.state[S.PCPUS] and self._preempted(index, until):
+            return REACHED
+        while not cpu.idle and cpu.clock < until:
             if self.left == 0:
                 return COMPLETED
+            if not cpu.queue:
+                return NEED_ACCESSES
             if (reason := self._access(cpu)) != REACHED:
                 return reason
         return REACHED
 
-    # -- invalidation -------------------------------------------------------------------------------------------
+    def _preempted(self, index: int, until: int) -> bool:
+        cpu, pcpus = self.vcpus[index], self.state[S.PCPUS]
+        number = self.state[S.FIRST_VCPU] + index
+        sharers = [other for other in range(self.state[S.FLEET_VCPUS]) if other % pcpus == number % pcpus]
+        turn = self.now // self.state[S.HOST_SLICE_PS] % len(sharers)
+        if sharers[turn] == number:
+            if cpu.off_pcpu:
+                cpu.off_pcpu = False
+                cpu.mmu.invept(None)
+            return False
+        away = max(0, until - cpu.clock)
+        if not cpu.off_pcpu:
+            cpu.off_pcpu = True
+            self.counters["exit__preempted"] += 1
+            cpu.leave(cpu.clock, away)
+        cpu.exit = (cpu.exit[0], max(cpu.exit[1], until))
+        cpu.spend("preempted", away)
+        return True
 
-    def invlpg(self, pages: Iterable[int]) -> None:
-        """INVLPG of each page on every vCPU: the page, and all guest paging-structure caches."""
-        for cpu in self.vcpus:
-            for page in pages:
-                cpu.tlb.drop(page)
-            cpu.pde.clear()
-            cpu.guest_upper = False
+    # -- the host -----------------------------------------------------------------------------------------------
 
-    def guest_flush(self, cpus: list[ReferenceVcpu] | None = None) -> None:
-        """MOV CR3: linear and combined mappings; the nested ones stay."""
-        for cpu in self.vcpus if cpus is None else cpus:
-            cpu.tlb.clear()
-            cpu.pde.clear()
-            cpu.guest_upper = False
-
-    def invept(self, cpu: ReferenceVcpu) -> None:
-        """Everything that depends on the EPT."""
-        self.guest_flush([cpu])
-        cpu.nested.clear()
-        cpu.ept_pde.clear()
-        cpu.ept_upper = False
-
-    def operate(self, time: int, kind: int, flags: int, a: int, b: int) -> None:
+    def operate(self, op: Operation) -> None:
         """Execute one host operation."""
-        if kind == OP_FLUSH:
-            self._request(time)
-        elif kind == OP_ZAP:
-            zapped = sum([self._zap(gpfn) for gpfn in range(a, a + b)])
-            for gpfn in range(a, a + b):
-                backed_slow = self.ept[gpfn] & WRITABLE and _frame(self.ept[gpfn]) >= self.slow_frames
-                if flags == PROTNONE and backed_slow:
+        if op.kind == OP_STALL:
+            cpu = self.vcpus[op.a]
+            cpu.leave(op.time, max(cpu.exit[1], op.time + op.b) - op.time)
+            cpu.spend("host_task", op.b)
+            self.counters["exit__host_task"] += 1
+            return
+        zapped = 0
+        if op.kind == OP_ZAP:
+            zapped = sum([self._zap(gpfn) for gpfn in range(op.a, op.a + op.b)])
+            for gpfn in range(op.a, op.a + op.b):
+                backed_slow = self.ept[gpfn] & WRITABLE and frame_of(self.ept[gpfn]) >= self.tables.slow_frames
+                if op.flags == PROTNONE and backed_slow:
                     self.ept[gpfn] |= PROTNONE
-            self.counters["kvm__mmu_zapped"] += zapped
-            if zapped:
-                self._request(time)
-        elif kind == OP_STALL:
-            cpu = self.vcpus[a]
-            cpu.exit = (time, max(cpu.exit[1], time + b))
-            cpu.clock += b
-            cpu.flush_at_entry = False
-            self.counters["time__exit_ps"] += b
-            self.counters["time__stolen_ps"] += b
-        else:
-            assert kind == OP_MOVE
-            if self._zap(a):
-                self.counters["kvm__mmu_zapped"] += 1
-                self._request(time)
-            source = _frame(self.ept[a])
-            self.stamps[b] = self.stamps[source]
-            self.ept[a] = (self.ept[a] & ~FRAME_MASK & ~PROTNONE) | b << FRAME_SHIFT | flags
-            self.budget[0][source >= self.slow_frames] -= 4096
-            self.budget[1][b >= self.slow_frames] -= 4096
+            first, end, until = self.notifier
+            if op.time < until:
+                self.notifier = min(first, op.a), max(end, op.a + op.b), max(until, op.time + op.busy)
+            else:
+                self.notifier = op.a, op.a + op.b, op.time + op.busy
+        elif op.kind != OP_FLUSH:
+            frames = (op.a, op.b) if op.kind == OP_SWAP else (op.a,)
+            zapped = sum([self._zap(gpfn) for gpfn in frames])
+            self.migrating = frames, op.time + op.busy
+        self.counters["kvm__mmu_zapped"] += zapped
+        if op.kind == OP_FLUSH or zapped:
+            self._lock(op.time, op.hold)
+            self._request(op.time)
+        if op.kind == OP_SWAP:
+            self._swap(op.a, op.b)
+        elif op.kind not in (OP_FLUSH, OP_ZAP):
+            source = frame_of(self.ept[op.a])
+            self.stamps[op.b] = self.stamps[source]
+            self.ept[op.a] = (self.ept[op.a] & ~FRAME_MASK & ~PROTNONE) | op.b << FRAME_SHIFT | op.flags
+            self.budget[0][source >= self.tables.slow_frames] -= 4096
+            self.budget[1][op.b >= self.tables.slow_frames] -= 4096
+
+    def _swap(self, a: int, b: int) -> None:
+        slot_a, slot_b = frame_of(self.ept[a]), frame_of(self.ept[b])
+        self.stamps[slot_a], self.stamps[slot_b] = self.stamps[slot_b], self.stamps[slot_a]
+        for gpfn, slot in ((a, slot_b), (b, slot_a)):
+            self.ept[gpfn] = (self.ept[gpfn] & ~FRAME_MASK & ~PROTNONE) | slot << FRAME_SHIFT
+            self.budget[0][slot >= self.tables.slow_frames] -= 4096
+            self.budget[1][slot >= self.tables.slow_frames] -= 4096
 
     def _zap(self, gpfn: int) -> bool:
         entry = self.ept[gpfn]
@@ -429,60 +416,46 @@ class Reference:
             if not outside:
                 kicked = True
                 self.counters["exit__kick"] += 1
-                self.counters["time__exit_ps"] += self.vmexit_ps
-                self.counters["time__stolen_ps"] += self.vmexit_ps
-                cpu.exit = (now, now + self.vmexit_ps + self.flush_ps)
-                cpu.clock += self.vmexit_ps
+                cpu.leave(now, self.state[S.VMEXIT_PS] + self.state[S.INVEPT_PS])
+                cpu.spend("kick", self.state[S.VMEXIT_PS])
             elif not cpu.idle:
-                cpu.exit = (cpu.exit[0], cpu.exit[1] + self.flush_ps)
+                cpu.exit = (cpu.exit[0], cpu.exit[1] + self.state[S.INVEPT_PS])
             cpu.flush_at_entry = True
-            self.invept(cpu)
-            cpu.clock += self.flush_ps
-            self.counters["time__exit_ps"] += self.flush_ps
-            self.counters["time__stolen_ps"] += self.flush_ps
-            self.counters["kvm__tlb_flush"] += 1
-            self.counters["instr__invept_global"] += 1
+            cpu.mmu.invept(None)
+            cpu.spend("kick", self.state[S.INVEPT_PS])
+            for name in ("kvm__tlb_flush", "kvm__remote_flush_executions", "instr__invept_global"):
+                self.counters[name] += 1
         self.counters["kvm__remote_tlb_flush"] += kicked
 
     # -- comparison ---------------------------------------------------------------------------------------------
 
     def assert_same(self, machine: Machine) -> None:
-        """Every table, cache, clock and counter of ``machine`` is what it is here."""
-        counted = {name: int(machine.counters[index]) for name, index in C.__members__.items()}
-        assert {name: count for name, count in counted.items() if count} == {
-            k: v for k, v in self.counters.items() if v
+        """Every table, cache, clock, ledger and counter of ``machine`` is what it is here."""
+        counted = {
+            name: int(machine.counters[index]) for name, index in C.__members__.items() if machine.counters[index]
         }
+        assert counted == {k: v for k, v in self.counters.items() if v}
         assert machine.gpt.tolist() == self.gpt
         assert machine.ept.tolist() == self.ept
+        assert (machine.tables.upper & ~TABLE_SEEN_MASK).tolist() == self.tables.upper
+        assert machine.tables.ept_pde.tolist() == self.tables.ept_pde
+        assert machine.tables.ept_pdpte.tolist() == self.tables.ept_pdpte
         assert machine.stamps.tolist() == self.stamps
         assert machine.budget.tolist() == self.budget
-        assert int(machine.state[S.NOW]) == self.now
-        assert int(machine.state[S.LEFT]) == self.left
+        assert (int(machine.state[S.NOW]), int(machine.state[S.LEFT])) == (self.now, self.left)
         for index, cpu in enumerate(self.vcpus):
             row = machine.vcpus.field[index]
             assert (row[vcpu.CLOCK], row[vcpu.LENGTH] - row[vcpu.POSITION]) == (cpu.clock, len(cpu.queue))
+            ledger = zip(PARTS, machine.vcpus.ledger[index].tolist(), strict=True)
+            assert {name: ps for name, ps in ledger if ps} == {name: ps for name, ps in cpu.parts.items() if ps}
             assert (row[vcpu.EXIT_START], row[vcpu.EXIT_END]) == cpu.exit
             assert bool(row[vcpu.FLUSH_AT_ENTRY]) == cpu.flush_at_entry
+            assert bool(row[vcpu.FRACTURED]) == cpu.mmu.fractured
             assert row[vcpu.DS_INDEX] == len(cpu.records)
             assert row[vcpu.DS_FAULT] == (cpu.ds_gpfn + 1 if cpu.ds_fault else 0)
-            assert _tlb(machine, index) == [entry for tags in cpu.tlb.sets for entry in tags]
-            for cache, mine in ((machine.vcpus.pde, cpu.pde), (machine.vcpus.nested, cpu.nested),
-                                (machine.vcpus.ept_pde, cpu.ept_pde)):  # fmt: skip
-                assert [int(tag) - 1 for tag in cache[index] if tag] == mine.keys()
+            cpu.mmu.assert_same(machine, index)
             taken = machine.ds.of(index, len(cpu.records))
             columns = ("applicable_counters", "tsc", "address", "data_source", "latency")
             assert [tuple(int(record[name]) for name in columns) for record in taken] == cpu.records
             histogram = machine.vcpus.histogram[index]
             assert {int(bin_): int(histogram[bin_]) for bin_ in np.flatnonzero(histogram)} == dict(cpu.latencies)
-
-
-def _tlb(machine: Machine, index: int) -> list[tuple[int, tuple[int, bool]] | None]:
-    from guestd.tlb import TLB_DIRTY, TLB_FRAME_MASK, TLB_FRAME_SHIFT, TLB_TAG_SHIFT
-
-    entries: npt.NDArray[np.int64] = machine.vcpus.tlb[index]
-    return [
-        ((entry >> TLB_TAG_SHIFT) - 1, (entry >> TLB_FRAME_SHIFT & TLB_FRAME_MASK, bool(entry & TLB_DIRTY)))
-        if entry
-        else None
-        for entry in entries.tolist()
-    ]

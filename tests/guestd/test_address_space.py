@@ -1,11 +1,13 @@
 """The gVA space: dense pages and addresses convert both ways, VMAs lie where Linux puts them."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guestd.address_space import AddressSpace, Vma, heap_region, mmap_region
+from guestd.address_space import AddressSpace, Vma, heap_region, mmap_region, mmap_regions
 from guestd.errors import GuestError
 from proto.entry import MAX_PAGES
 
@@ -44,6 +46,15 @@ def test_heap_and_mmap_region_lie_where_linux_puts_them(seed: int) -> None:
     assert mapped.start > 0x7FFF_F7FF_F000 - (1 << 40) - (101 << 12)
     assert heap.start % 4096 == mapped.start % 4096 == 0
     assert mmap_region("array", 100, seed) == mapped
+
+
+@given(pages=st.lists(st.integers(1, 2000), min_size=1, max_size=6), seed=st.integers(0, 1000))
+def test_mappings_lie_each_right_below_the_one_before(pages: list[int], seed: int) -> None:
+    vmas = mmap_regions([(f"m{i}", count) for i, count in enumerate(pages)], seed)
+    assert vmas[0] == mmap_region("m0", pages[0], seed)
+    assert [vma.pages for vma in vmas] == pages
+    for above, below in pairwise(vmas):
+        assert below.start + (below.pages << 12) == above.start
 
 
 def test_no_two_seeds_in_a_fleet_share_addresses() -> None:

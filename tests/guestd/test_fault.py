@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from guestd.fault import HINT_BATCH, Batch, charge, clear_fresh, verify
+from guestd.fault import HINT_BATCH, charge_hints, charge_violations, clear_fresh, new_batch, table_frames, verify
 from guestd.guest import Guest
-from guestd.vcpu import drop_guest_everywhere
+from guestd.instructions import mov_cr3_everywhere
+from guestd.vcpu import EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, new_vcpus
 from proto.costs import Costs
-from proto.counters import C
+from proto.counters import STOLEN_PARTS, C, split, sum_parts
 from proto.entry import (
     DIRTY,
     ENTRY_VERSION_SHIFT,
@@ -27,12 +28,14 @@ def test_every_first_touch_is_charged_once_where_it_happens(costs: Costs) -> Non
     assert guest.populated is not None
     counted = guest.populated.counters
     assert counted[C.vmstat__pgfault] == touched
-    assert counted[C.time__fault_ps] == touched * costs.minor_fault_ps
-    frames = touched + guest.workload.space.tables
+    assert counted[C.time__minor_fault_ps] == touched * costs.minor_fault_ps
+    frames = touched + guest.machine.tables.upper.size
     assert counted[C.exit__ept_violation] == frames
-    assert counted[C.time__exit_ps] == frames * costs.ept_violation_alloc_ps
-    assert counted[C.time__stolen_ps] == 0, "a first touch is the program's own doing"
-    assert not guest.machine.vcpus.fault_ps.any() and not guest.machine.vcpus.exit_ps.any(), "all of it was charged"
+    assert counted[C.time__ept_violation_ps] == frames * costs.ept_violation_alloc_ps
+    time_ps = split(counted)["time"]
+    assert sum_parts(time_ps, STOLEN_PARTS) == 0, "a first touch is the program's own doing"
+    vcpus = guest.machine.vcpus
+    assert not any(array.any() for array in (vcpus.fault_ps, vcpus.exit_ps, vcpus.retries)), "all of it was charged"
 
 
 @pytest.mark.parametrize("block", [64, 1000, 8192])
@@ -49,10 +52,18 @@ def test_the_batch_size_changes_no_first_touch(block: int, costs: Costs) -> None
     assert report["access"]["total"] == pytest.approx(expected["access"]["total"], rel=0.02)
 
 
-def test_charge_adds_up_costs_that_meet_in_one_place() -> None:
-    amount = np.zeros(5, np.int64)
-    assert charge(amount, np.array([1, 3, 1]), np.array([10, 20, 30])) == 60
-    assert amount.tolist() == [0, 40, 0, 20, 0]
+def test_costs_that_meet_in_one_place_add_up_and_each_is_a_retry_of_the_walk(costs: Costs) -> None:
+    vcpus, batch = new_vcpus(2, costs, 1), new_batch(100)
+    batch.gpfn_position[:4], batch.gpfn_old[:4] = (1, 3, 1, 4), (1, 0, 1, 0)
+    charge_violations(vcpus, 1, batch, np.array([10, 20, 30, 5]))
+    batch.hint_position[:2] = 3, 2
+    charge_hints(vcpus, 1, batch, np.array([7, 8]))
+    assert vcpus.exit_ps[1, :5].tolist() == [0, 40, 0, 20, 5]
+    assert vcpus.exit_part[1, [1, 3, 4]].tolist() == [EPT_REFAULT, EPT_VIOLATION, EPT_VIOLATION]
+    assert vcpus.fault_ps[1, :5].tolist() == [0, 0, 8, 7, 0]
+    assert vcpus.fault_part[1, [2, 3]].tolist() == [HINT_FAULT] * 2
+    assert vcpus.retries[1, :5].tolist() == [0, 2, 1, 1, 0], "who clears a fresh frame is the kernel, not the access"
+    assert not vcpus.exit_ps[0].any()
 
 
 def test_clear_fresh_writes_each_frame_s_own_stamp_and_counts_what_is_not_mapped() -> None:
@@ -75,8 +86,9 @@ def finished(costs: Costs) -> Guest:
 def test_verify_sees_any_harm_to_a_page(harm: str, finished: Guest) -> None:
     machine = finished.machine
     owner = owner_stamp(finished.config.vm)
+    tables = table_frames(machine.tables)
     gpt, ept, stamps = machine.gpt.copy(), machine.ept.copy(), machine.stamps.copy()
-    assert verify(gpt, ept, stamps, owner, machine.table_gpfn, machine.table_gpfn.size) == (4096 * 7 // 8, 0)
+    assert verify(gpt, ept, stamps, owner, tables, tables.size) == (4096 * 7 // 8, 0)
     first, second = np.flatnonzero(gpt)[[10, 2000]]
     slots = [
         (int(ept[(gpt[page] & FRAME_MASK) >> FRAME_SHIFT]) & FRAME_MASK) >> FRAME_SHIFT for page in (first, second)
@@ -88,16 +100,15 @@ def test_verify_sees_any_harm_to_a_page(harm: str, finished: Guest) -> None:
     elif harm == "other owner":
         stamps[slots[0]] += owner_stamp(1) - owner_stamp(0)
     else:
-        table = int(machine.table_gpfn[0])
+        table = int(tables[0])
         stamps[(int(ept[table]) & FRAME_MASK) >> FRAME_SHIFT] = 0
-    assert verify(gpt, ept, stamps, owner, machine.table_gpfn, machine.table_gpfn.size)[1] == (
-        2 if harm == "swapped contents" else 1
-    )
+    assert verify(gpt, ept, stamps, owner, tables, tables.size)[1] == (2 if harm == "swapped contents" else 1)
 
 
 def test_a_batch_has_room_for_every_access_of_a_block() -> None:
-    batch = Batch(100)
-    assert batch.hint_page.size == HINT_BATCH and batch.fresh.size == 200 and batch.gpfn.size == 300
+    batch = new_batch(100)
+    assert batch.hint_page.size == HINT_BATCH
+    assert batch.fresh.size == batch.gpfn.size >= 100 * (1 + 5), "a page and all tables on the way to it"
 
 
 def test_a_mapping_that_is_lost_and_faulted_in_again_is_seen(costs: Costs) -> None:
@@ -108,5 +119,5 @@ def test_a_mapping_that_is_lost_and_faulted_in_again_is_seen(costs: Costs) -> No
         assert fleet.step()
     lost = np.flatnonzero(guest.machine.gpt >> ENTRY_VERSION_SHIFT > 1)[:50]
     guest.machine.gpt[lost] &= ~PRESENT
-    drop_guest_everywhere(guest.machine.vcpus)
+    mov_cr3_everywhere(guest.machine.vcpus, guest.machine.walk_geometry)
     assert fleet.run().reports[0]["integrity"]["mismatches"] > 0

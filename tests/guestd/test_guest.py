@@ -67,7 +67,8 @@ def moved(base: dict[str, float], halved: dict[str, float]) -> dict[str, tuple[f
     """Figures that differ by more than the law allows.
 
     2 %; for a percentile one bin of its histogram (4.096 ns); for a count also 5 sigma of the difference of two Poisson
-    counts, since which of a few rare events falls into a run is chance. Times made of rare events are sums of them.
+    counts, since which of a few rare events falls into a run is chance. Times made of rare events (of about 3 us)
+    are sums of them.
     """
     wrong = {}
     for name in sorted(base.keys() | halved.keys()):
@@ -75,9 +76,11 @@ def moved(base: dict[str, float], halved: dict[str, float]) -> dict[str, tuple[f
         allowed = 0.02 * max(abs(a), abs(b))
         if name.startswith("access.latency_ns."):
             allowed += 4.1
+        elif name == "kvm.mmu_lock_wait_ps":
+            allowed += 5 * (a * 3e6 + b * 3e6) ** 0.5
         elif isinstance(a, int):
             allowed += 5 * (a + b) ** 0.5
-        elif name == "time.exit_s":
+        elif name.startswith("time.") and name not in ("time.think_s", "time.stall_s"):
             allowed += 5 * (a * 3e-6 + b * 3e-6) ** 0.5
         if abs(a - b) > allowed:
             wrong[name] = (a, b)
@@ -130,8 +133,8 @@ def test_populating_is_in_no_figure_of_the_run(costs: Costs) -> None:
     touched = 4096 * 7 // 8
     assert report["populate"]["vmstat"]["pgfault"] == touched
     assert report["vmstat"]["pgfault"] == 0
-    # Page-table pages fault, too: one for each 2 MiB and the one that the array's ends share with nothing.
-    assert touched < report["populate"]["kvm"]["exits"]["ept_violation"] <= touched + touched // 512 + 2
+    # Page-table pages fault, too: one for each 2 MiB, the one that the array's ends share with nothing, those above.
+    assert touched < report["populate"]["kvm"]["exits"]["ept_violation"] <= touched + touched // 512 + 2 + 4
 
 
 def test_first_touch_takes_fast_frames_down_to_the_low_watermark(costs: Costs) -> None:

@@ -10,7 +10,7 @@ from guestd.guest import Guest
 from guestd.guest_view import GuestView
 from guestd.meter import KTHREAD, TASK
 from guestd.mm.nodes import FAST, SLOW
-from guestd.vcpu import CLOCK, GUEST_UPPER, IDLE
+from guestd.vcpu import CLOCK
 from proto.arrays import Words
 from proto.config import GuestConfig, Scalar
 from proto.costs import Costs
@@ -71,7 +71,7 @@ class Stopped:
         self.view = self.guest.view
         self.machine = self.guest.machine
         self.view.meter.context = KTHREAD
-        self.view.vcpu = 0
+        self.view.flush.vcpu = 0
         self.before = self.machine.counters.copy()
         self.clocks = self.machine.vcpus.field[:, CLOCK].copy()
 
@@ -92,39 +92,6 @@ class Stopped:
 @pytest.fixture
 def stopped(costs: Costs) -> Stopped:
     return Stopped(guest_config(costs, vcpus=3))
-
-
-def test_flush_pages_is_one_invlpg_each_and_an_ipi_per_request_and_other_vcpu(stopped: Stopped, costs: Costs) -> None:
-    pages = stopped.pages(SLOW, 8)
-    before = stopped.view.now
-    stopped.view.flush_pages(pages, requests=8)
-    assert stopped.counted(C.vmstat__nr_tlb_local_flush_one) == 8
-    assert stopped.counted(C.vmstat__nr_tlb_remote_flush) == 8
-    assert stopped.counted(C.vmstat__nr_tlb_remote_flush_received) == 16
-    assert stopped.counted(C.instr__invlpg) == 8 + 16
-    assert stopped.lost() == [0] + 2 * [8 * (costs.ipi_receive_ps + costs.invlpg_ps)]
-    wait = costs.shootdown_base_ps + 2 * costs.shootdown_target_ps
-    assert stopped.view.now - before == 8 * (costs.invlpg_ps + wait)
-    assert not stopped.machine.vcpus.pde.any() and not stopped.machine.vcpus.field[:, GUEST_UPPER].any()
-    assert stopped.machine.vcpus.ept_pde.any(), "INVLPG leaves guest-physical mappings"
-
-
-def test_an_idle_vcpu_is_sent_no_ipi(stopped: Stopped) -> None:
-    stopped.machine.vcpus.field[2, IDLE] = 1
-    stopped.view.flush_all()
-    assert stopped.counted(C.vmstat__nr_tlb_local_flush_all) == 1
-    assert stopped.counted(C.vmstat__nr_tlb_remote_flush) == 1
-    assert stopped.counted(C.vmstat__nr_tlb_remote_flush_received) == 1
-    assert stopped.counted(C.instr__mov_cr3) == 2
-    assert stopped.lost()[2] == 0 < stopped.lost()[1]
-
-
-def test_one_vcpu_needs_no_shootdown(costs: Costs) -> None:
-    alone = Stopped(guest_config(costs))
-    alone.view.flush_all()
-    alone.view.flush_pages(alone.pages(SLOW, 3), requests=3)
-    assert alone.counted(C.vmstat__nr_tlb_remote_flush) == 0
-    assert alone.lost() == [0]
 
 
 @pytest.mark.parametrize(("count", "full"), [(33, False), (34, True)])
@@ -149,11 +116,11 @@ def test_protect_leaves_fast_pages_alone(stopped: Stopped) -> None:
 
 def test_ageing_flushes_nothing(stopped: Stopped) -> None:
     pages = stopped.pages(SLOW, 100)
-    cached = stopped.machine.vcpus.tlb.copy()
+    cached = stopped.machine.vcpus.stlb_tag.copy()
     young = stopped.view.test_and_clear_young(pages)
     assert young.any()
     assert not stopped.view.test_and_clear_young(pages).any()
-    assert (stopped.machine.vcpus.tlb == cached).all()
+    assert (stopped.machine.vcpus.stlb_tag == cached).all()
     assert stopped.counted(C.vmstat__nr_tlb_remote_flush) == stopped.counted(C.vmstat__nr_tlb_local_flush_one) == 0
 
 

@@ -1,53 +1,63 @@
-"""Translation caches against a list-and-set model: what is found, what is replaced, what a shootdown drops."""
+"""The TLB arrays: geometry from a profile, and working sets that fit; what they do is held against `reference_mmu`."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from guestd import tlb as hardware
 from guestd.jit import kernel
-from guestd.tlb import TLB_TAG_SHIFT, WALK_WAYS, drop_page
-from proto.arrays import Words
-from tests.guestd.reference import Cache
+from guestd.tlb import MISS, TlbGeometry, tlb_geometry
+from guestd.vcpu import Vcpus, new_vcpus, tlb_of
+from proto.costs import Costs
+from tests.guestd.machines import small_costs
 
 
 @kernel
-def lookup_or_insert(tags: Words, recent: Words, key: int) -> bool:
-    return hardware.lookup_or_insert(tags, recent, key)
+def access(vcpus: Vcpus, geometry: TlbGeometry, page: int, context: int) -> int:
+    """Look a page up, enter it if it is not there: MISS, 0 for an L1 hit, 1 for an STLB hit."""
+    tlb = tlb_of(vcpus, 0)
+    found = hardware.look_up_4k(tlb, geometry, page, context)
+    if found == MISS:
+        hardware.fill_4k(tlb, geometry, page, context, page, 0)
+        return MISS
+    return found & 1
 
 
-@given(keys=st.lists(st.integers(0, 40), max_size=300), sets=st.sampled_from((1, 2, 8)))
-def test_small_caches_hit_and_replace_as_the_model(keys: list[int], sets: int) -> None:
-    tags, recent = np.zeros(sets * WALK_WAYS, np.int64), np.zeros(sets, np.int64)
-    model: Cache[None] = Cache(sets * WALK_WAYS, WALK_WAYS)
-    for key in keys:
-        expected = key in model
-        if not expected:
-            model.put(key, None)
-        model.use(key)
-        assert lookup_or_insert(tags, recent, key) == expected
-        assert [int(tag) - 1 for tag in tags if tag] == model.keys()
+@pytest.mark.parametrize("ways", [2, 4, 8, 16, 24])
+def test_a_working_set_that_fits_stays(ways: int, costs: Costs) -> None:
+    """Bit-PLRU never evicts while no set has more pages than ways."""
+    costs = small_costs(costs, stlb_entries=8 * ways, stlb_ways=ways, stlb_2m_ways=ways)
+    vcpus, geometry = new_vcpus(1, costs, 1), tlb_geometry(costs)
+    assert [access(vcpus, geometry, page, 0) for page in range(8 * ways)] == [MISS] * (8 * ways)
+    for _ in range(3):
+        assert all(access(vcpus, geometry, page, 0) != MISS for page in range(8 * ways))
+    assert [access(vcpus, geometry, 8 * ways - 1, 0) for _ in range(2)] == [0, 0], "the last one is in the L1"
 
 
-@pytest.mark.parametrize("ways", [2, 4, 16])
-def test_a_working_set_that_fits_stays(ways: int) -> None:
-    """Bit-PLRU never evicts while no set has more keys than ways."""
-    sets = 8
-    model: Cache[None] = Cache(sets * ways, ways)
-    for key in list(range(sets * ways)) * 3:
-        if key not in model:
-            model.put(key, None)
-        model.use(key)
-    assert sorted(model.keys()) == list(range(sets * ways))
+def test_a_context_hits_its_own_entries_only(costs: Costs) -> None:
+    vcpus, geometry = new_vcpus(1, costs, 1), tlb_geometry(costs)
+    assert [access(vcpus, geometry, 7, context) for context in (0, 1, 0, 15, 1)] == [MISS, MISS, 0, MISS, 0]
 
 
-def test_drop_page_drops_it_on_every_vcpu_that_holds_it_and_nothing_else() -> None:
-    sets, ways = 4, 4
-    tlb = np.zeros((3, sets * ways), np.int64)
-    for vcpu, page in ((0, 5), (2, 5), (1, 9), (2, 9)):
-        way = (page & (sets - 1)) * ways + (page >> 2) % ways
-        tlb[vcpu, way] = (page + 1) << TLB_TAG_SHIFT
-    assert drop_page(tlb, sets, ways, 5) == 2
-    assert sorted((tlb >> TLB_TAG_SHIFT)[tlb != 0].tolist()) == [10, 10]
-    assert drop_page(tlb, sets, ways, 5) == 0
+def test_geometry_pads_ways_to_lanes(costs: Costs) -> None:
+    geometry = tlb_geometry(small_costs(costs, l1_dtlb_4k_entries=72, l1_dtlb_4k_ways=9, stlb_entries=3072,
+                                        stlb_ways=24, stlb_2m_ways=8))  # fmt: skip
+    assert (geometry.l1_mask, geometry.l1_stride, geometry.l1_ways) == (7, 12, (1 << 9) - 1)
+    assert (geometry.stlb_mask, geometry.stlb_stride) == (127, 24)
+    assert (geometry.stlb_ways, geometry.stlb_ways_2m) == ((1 << 24) - 1, 255)
+
+
+@kernel
+def fill_2m(vcpus: Vcpus, geometry: TlbGeometry, table: int) -> None:
+    hardware.fill_2m(tlb_of(vcpus, 0), geometry, table, 0, 512 * table, 0)
+
+
+def test_2m_entries_take_no_more_than_their_ways_of_the_stlb(costs: Costs) -> None:
+    costs = small_costs(costs, stlb_entries=16, stlb_ways=16, stlb_2m_ways=4)
+    vcpus, geometry = new_vcpus(1, costs, 1), tlb_geometry(costs)
+    for page in range(16):
+        access(vcpus, geometry, page, 0)
+    before = vcpus.stlb_tag[0].copy()
+    for table in range(20):
+        fill_2m(vcpus, geometry, table)
+    assert (vcpus.stlb_tag[0, 4:] == before[4:]).all()
+    assert not np.intersect1d(vcpus.stlb_tag[0, :4], before).size

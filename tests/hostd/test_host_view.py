@@ -65,7 +65,9 @@ def test_a_range_is_notified_once_per_pud(costs: Costs) -> None:
     assert zaps["a"].tolist() == [256, 256 + PUD_PAGES]
     assert zaps["b"].tolist() == [PUD_PAGES, 256]
     request = costs.kick_base_ps + costs.kick_target_ps * view.vcpus
-    assert zaps["time_ps"].tolist() == [0, costs.protect_pte_ps * PUD_PAGES + request]
+    assert (zaps["hold_ps"] == request).all()
+    assert zaps["busy_ps"][0] == (costs.protect_pte_ps + costs.zap_pte_ps) * PUD_PAGES + request
+    assert zaps["time_ps"].tolist() == [0, (costs.protect_pte_ps + costs.zap_pte_ps) * PUD_PAGES + request]
 
 
 def test_moves_are_timed_and_their_frames_reserved_until_they_are_settled(vm: Vm, costs: Costs) -> None:

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from guestd.guest import Guest
+from guestd.instructions import mov_cr3_everywhere
 from guestd.meter import KTHREAD
 from guestd.mm.kswapd import BATCH, MAX_RECLAIM_RETRIES, RETRY_PS, Kswapd
 from guestd.mm.nodes import ACTIVE, F_DEMOTED, FAST, INACTIVE, SLOW, WMARK_DEMOTE, WMARK_HIGH
-from guestd.vcpu import drop_guest_everywhere
 from proto.costs import Costs
 from proto.counters import C
 from proto.entry import ACCESSED, FRAME_MASK, FRAME_SHIFT
@@ -42,7 +42,7 @@ def assert_conserved(guest: Guest) -> None:
     assert (nodes.page[frames] == pages).all(), "the reverse map points back"
     assert int(nodes.size.sum()) == pages.size
     used = int((nodes.managed - nodes.free_count).sum())
-    assert used == pages.size + guest.workload.space.tables
+    assert used == pages.size + guest.machine.tables.upper.size
     half = nodes.page.size // 2
     free = [nodes.free[node * half : node * half + nodes.free_count[node]] for node in (FAST, SLOW)]
     assert not set(np.concatenate(free).tolist()) & set(frames.tolist())
@@ -84,7 +84,7 @@ def test_a_referenced_page_stays_once_and_is_active_the_second_time(guest: Guest
     while not guest.machine.counters[C.vmstat__pgactivate]:
         # Every page is accessed again between two looks.
         set_young(guest, True)
-        drop_guest_everywhere(guest.machine.vcpus)
+        mov_cr3_everywhere(guest.machine.vcpus, guest.machine.walk_geometry)
         kswapd.run(1)
         passes += 1
         assert passes < 1000

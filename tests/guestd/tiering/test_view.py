@@ -75,13 +75,13 @@ def test_accessed_bits_are_read_once_and_nothing_is_flushed(populated: Populated
     view.test_and_clear_young(pages)
     gpt[pages[[0, 2]]] |= ACCESSED
     gpt[pages[5]] |= YOUNG
-    tlb = populated.guest.machine.vcpus.tlb.copy()
+    tlb = populated.guest.machine.vcpus.stlb_tag.copy()
     flushes = view.counters[C.vmstat__nr_tlb_local_flush_one] + view.counters[C.vmstat__nr_tlb_local_flush_all]
     assert view.test_and_clear_young(pages).tolist() == [True, False, True, False, False, True]
     assert not view.test_and_clear_young(pages).any()
     after = view.counters[C.vmstat__nr_tlb_local_flush_one] + view.counters[C.vmstat__nr_tlb_local_flush_all]
     assert after == flushes
-    assert np.array_equal(populated.guest.machine.vcpus.tlb, tlb), "the guest's TLB keeps its stale entries"
+    assert np.array_equal(populated.guest.machine.vcpus.stlb_tag, tlb), "the guest's TLB keeps its stale entries"
 
 
 def test_protection_covers_slow_pages_and_comes_off_in_the_fault(populated: Populated) -> None:

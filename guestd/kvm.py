@@ -1,0 +1,201 @@
+"""What the host's KVM does to a VM: flush requests, kicks, exits, mmu notifiers, and the operations of host threads.
+
+The host knows no gVA, so each change asks for a flush of every vCPU (virt/kvm/kvm_main.c, kvm_flush_remote_tlbs). A
+vCPU in guest mode is kicked out and executes one global INVEPT at its next entry (arch/x86/kvm/vmx/vmx.c,
+vmx_flush_tlb_all); one that is outside (halted, preempted, in an EPT violation or another exit) flushes at the entry
+that ends that exit, once for all requests that piled up meanwhile. `remote_tlb_flush` counts requests that kicked at
+least one vCPU, `tlb_flush` executions. Requests are made under mmu_lock, so EPT violations wait for them. While a
+notifier changes a range, an EPT violation in it is taken again and again (mmu_notifier_retry), and one on a page that
+is being migrated sleeps until the copy is done.
+"""
+
+from typing import Any
+
+from guestd.instructions import ANY, invept
+from guestd.jit import inline, kernel
+from guestd.machine import Machine, S
+from guestd.mmu_lock import hold, wait_for
+from guestd.vcpu import EXIT_END, EXIT_START, FLUSH_AT_ENTRY, HOST_TASK, IDLE, KICK, spend
+from proto.arrays import Words
+from proto.counters import C
+from proto.entry import (
+    ACCESSED,
+    DIRTY,
+    FRAME_MASK,
+    FRAME_SHIFT,
+    PRESENT,
+    PROTNONE,
+    TABLE_SEEN_BITS,
+    TABLE_SEEN_MASK,
+    WRITABLE,
+    YOUNG,
+)
+from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP
+from proto.units import PAGE_SIZE
+
+
+@inline
+def leave_guest(field: Words, start_ps: int, duration_ps: int) -> None:
+    """The vCPU (``field``: its row) is outside guest mode for ``duration_ps``; its entry has nothing to flush yet."""
+    field[EXIT_START] = start_ps
+    field[EXIT_END] = start_ps + duration_ps
+    field[FLUSH_AT_ENTRY] = 0
+
+
+@kernel
+def ept_changed(m: Machine) -> None:
+    """The host changed the EPT: what walks remember of it is out of date."""
+    state, upper = m.state, m.tables.upper
+    state[S.EPT_EPOCH] += 1
+    if state[S.EPT_EPOCH] == 1 << TABLE_SEEN_BITS:
+        state[S.EPT_EPOCH] = 1
+        for number in range(upper.size):
+            upper[number] &= ~TABLE_SEEN_MASK
+
+
+@inline
+def request_flush(m: Machine, now: int) -> None:
+    """One kvm_flush_remote_tlbs at ``now``: kick the vCPUs in guest mode, let the others flush at their entry."""
+    state, counters = m.state, m.counters
+    counters[C.kvm__remote_tlb_flush_requests] += 1
+    ept_changed(m)
+    kicked = False
+    for vcpu in range(m.vcpus.field.shape[0]):
+        field = m.vcpus.field[vcpu]
+        outside = field[IDLE] == 1 or (field[EXIT_START] <= now < field[EXIT_END])
+        if outside:
+            if field[FLUSH_AT_ENTRY] == 1:
+                continue
+            if field[IDLE] == 0:
+                field[EXIT_END] += state[S.INVEPT_PS]
+        else:
+            kicked = True
+            counters[C.exit__kick] += 1
+            # From now on, not from the clock, which is ahead by what is left of the access that `now` fell into.
+            leave_guest(field, now, state[S.VMEXIT_PS] + state[S.INVEPT_PS])
+            spend(m.vcpus, vcpu, KICK, state[S.VMEXIT_PS])
+        # The vCPU runs nothing until its entry, so the flush of that entry may empty the caches already now.
+        field[FLUSH_AT_ENTRY] = 1
+        invept(m.vcpus, vcpu, m.walk_geometry, ANY)
+        spend(m.vcpus, vcpu, KICK, state[S.INVEPT_PS])
+        counters[C.kvm__tlb_flush] += 1
+        counters[C.kvm__remote_flush_executions] += 1
+        counters[C.instr__invept_global] += 1
+    if kicked:
+        counters[C.kvm__remote_tlb_flush] += 1
+
+
+@inline
+def _notify(state: Words, now: int, first: int, count: int, busy_ps: int) -> None:
+    """A notifier changes gPA frames [first, first + count) for ``busy_ps``.
+
+    Ranges in progress at the same time are taken for one that covers them all, as KVM does.
+    """
+    end = first + count
+    if now < state[S.NOTIFIER_UNTIL]:
+        first = min(first, state[S.NOTIFIER_FIRST])
+        end = max(end, state[S.NOTIFIER_END])
+        busy_ps = max(busy_ps, state[S.NOTIFIER_UNTIL] - now)
+    state[S.NOTIFIER_FIRST], state[S.NOTIFIER_END] = first, end
+    state[S.NOTIFIER_UNTIL] = now + busy_ps
+
+
+@kernel
+def violation_wait(m: Machine, now: int, gpfn: int) -> int:
+    """How long an EPT violation of ``gpfn`` at ``now`` waits for notifiers and mmu_lock, ps."""
+    state, counters = m.state, m.counters
+    wait = 0
+    if now < state[S.NOTIFIER_UNTIL] and state[S.NOTIFIER_FIRST] <= gpfn < state[S.NOTIFIER_END]:
+        wait = state[S.NOTIFIER_UNTIL] - now
+        again = (wait + state[S.EPT_VIOLATION_PS] - 1) // max(1, state[S.EPT_VIOLATION_PS])
+        counters[C.kvm__mmu_retries] += again
+        counters[C.exit__ept_violation] += again
+    if now < state[S.MIGRATING_UNTIL] and (gpfn == state[S.MIGRATING] or gpfn == state[S.MIGRATING_TOO]):
+        wait = max(wait, state[S.MIGRATING_UNTIL] - now)
+    if state[S.TDP_MMU] == 1:
+        lock_ps = wait_for(m.mmu_lock, now + wait)
+    else:
+        lock_ps = hold(m.mmu_lock, now + wait, state[S.MMU_LOCK_PS])
+    counters[C.kvm__mmu_lock_wait_ps] += lock_ps
+    return wait + lock_ps
+
+
+@inline
+def _zap(ept: Words, gpfn: int) -> bool:
+    """Clear a leaf's present bit; its A bit survives in software. Returns whether it was present."""
+    entry = ept[gpfn]
+    if (entry & PRESENT) == 0:
+        return False
+    young = YOUNG if (entry & ACCESSED) != 0 else 0
+    ept[gpfn] = (entry & ~(PRESENT | ACCESSED | DIRTY)) | young
+    return True
+
+
+@inline
+def _use_bandwidth(m: Machine, frame: int, write: int) -> None:
+    m.budget[write, 1 if frame >= m.state[S.SLOW_FRAMES] else 0] -= PAGE_SIZE
+
+
+@inline
+def _move(m: Machine, gpfn: int, target: int, flags: int) -> None:
+    """Map ``gpfn`` (zapped) to frame slot ``target``, with its content."""
+    entry = m.ept[gpfn]
+    source = (entry & FRAME_MASK) >> FRAME_SHIFT
+    m.stamps[target] = m.stamps[source]
+    m.ept[gpfn] = (entry & ~(FRAME_MASK | PROTNONE)) | (target << FRAME_SHIFT) | flags
+    _use_bandwidth(m, source, 0)
+    _use_bandwidth(m, target, 1)
+
+
+@inline
+def _swap(m: Machine, a: int, b: int) -> None:
+    """Let two zapped gPA frames trade their frame slots, contents moving along."""
+    first, second = m.ept[a], m.ept[b]
+    frame_a, frame_b = (first & FRAME_MASK) >> FRAME_SHIFT, (second & FRAME_MASK) >> FRAME_SHIFT
+    m.stamps[frame_a], m.stamps[frame_b] = m.stamps[frame_b], m.stamps[frame_a]
+    keep = ~(FRAME_MASK | PROTNONE)
+    m.ept[a] = (first & keep) | (second & FRAME_MASK)
+    m.ept[b] = (second & keep) | (first & FRAME_MASK)
+    for frame in (frame_a, frame_b):
+        _use_bandwidth(m, frame, 0)
+        _use_bandwidth(m, frame, 1)
+
+
+@inline
+def apply_operation(m: Machine, operation: Any) -> None:
+    """Execute one `proto.layout.OPERATION` at its time; all vCPUs have run up to it."""
+    now, kind = operation.time_ps, operation.kind
+    zapped = 0
+    if kind == OP_STALL:
+        field = m.vcpus.field[operation.a]
+        # It may still be in an exit that it left late.
+        end = max(field[EXIT_END], now + operation.b)
+        leave_guest(field, now, end - now)
+        spend(m.vcpus, operation.a, HOST_TASK, operation.b)
+        m.counters[C.exit__host_task] += 1
+    elif kind == OP_ZAP:
+        for gpfn in range(operation.a, operation.a + operation.b):
+            if _zap(m.ept, gpfn):
+                zapped += 1
+            entry = m.ept[gpfn]
+            slow = ((entry & FRAME_MASK) >> FRAME_SHIFT) >= m.state[S.SLOW_FRAMES]
+            if (entry & WRITABLE) != 0 and slow and operation.flags == PROTNONE:
+                m.ept[gpfn] = entry | PROTNONE
+        _notify(m.state, now, operation.a, operation.b, operation.busy_ps)
+    elif kind != OP_FLUSH:
+        if _zap(m.ept, operation.a):
+            zapped += 1
+        m.state[S.MIGRATING] = m.state[S.MIGRATING_TOO] = operation.a
+        m.state[S.MIGRATING_UNTIL] = now + operation.busy_ps
+        if kind == OP_SWAP:
+            if _zap(m.ept, operation.b):
+                zapped += 1
+            m.state[S.MIGRATING_TOO] = operation.b
+    m.counters[C.kvm__mmu_zapped] += zapped
+    if kind == OP_FLUSH or zapped > 0:
+        hold(m.mmu_lock, now, operation.hold_ps)
+        request_flush(m, now)
+    if kind == OP_MOVE:
+        _move(m, operation.a, operation.b, operation.flags)
+    elif kind == OP_SWAP:
+        _swap(m, operation.a, operation.b)
