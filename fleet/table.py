@@ -163,7 +163,7 @@ def llc_lines(vms: Sequence[Vm]) -> list[str]:
 
 
 def flush_lines(vms: Sequence[Vm]) -> list[str]:
-    """How many INVEPTs a remote flush request led to: at most one per vCPU, fewer where vCPUs were outside the guest."""
+    """How many INVEPTs a remote flush request led to: one per vCPU at most, none where it was outside the guest."""
     counted = [vm["kvm"] for vm in vms if vm.get("kvm", {}).get("remote_tlb_flush")]
     if not counted:
         return []

@@ -3,8 +3,8 @@
 Notation: an array of n pages; accesses are independent and uniform, so a cache of c entries that keeps what it was last
 given holds any key with probability c / keys, set by set, whatever its replacement.
 
-- The L1 dTLB (64) hits 64 / n. The STLB (2048) serves (2048 - 64) / n of the rest, as it holds what the L1 holds and more;
-  a walk follows 1 - 2048 / n of all accesses.
+- The L1 dTLB (64) hits 64 / n. The STLB (2048) serves another (2048 - 64) / n, as it holds what the L1 holds and
+  more; a walk follows the other 1 - 2048 / n of all accesses.
 - A walk reads the guest's leaf entry and the EPT's: 2 references. The PDE cache holds p = min(1, 32 / tables) of the
   tables (2 MiB of gVA each), else the PDE is read too: 1 - p. Its combined mapping gave the table's place for nothing;
   now the nested TLB must know it, which it does if all tables fit its 64 entries, else with the probability m, and a

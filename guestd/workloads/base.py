@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from guestd.address_space import AddressSpace
+from guestd.llc import LlcFilter
 from guestd.params import Param
 from proto.arrays import Bytes, Ints, Words
 from proto.config import GuestConfig
@@ -73,7 +74,7 @@ class BuiltWorkload(Workload):
     """A workload whose program builds a data structure first, as far ahead as its first touches are asked for.
 
     vCPUs take the first touches in chunks, in the program's order; the page is the unit of first touch, so that each is
-    one store.
+    one store. What `generate` emits goes through ``llc``, the VM's share of the last-level cache, block by block.
     """
 
     first_touch: Ints
@@ -81,6 +82,10 @@ class BuiltWorkload(Workload):
 
     def __init__(self) -> None:
         self._populated = 0
+        self.llc = LlcFilter()
+
+    def set_llc(self, share_bytes: int) -> None:
+        self.llc.resize(share_bytes)
 
     def build(self, pages: int) -> int:
         """Go on building until the first ``pages`` touches have been made, or all is built; returns how many have."""

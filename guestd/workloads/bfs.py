@@ -231,6 +231,7 @@ class Bfs(BuiltWorkload):
         count = int(_search(self.graph, self.parent, self.queue, self.state, self._roots, self.where, buffer.address,
                             buffer.kind, self._scratch))  # fmt: skip
         buffer.think_ps[:count] = self.think_ps
+        self.llc.mark(buffer.address[:count], buffer.kind[:count])
         return count
 
     def heat(self) -> Words | None:

@@ -132,6 +132,7 @@ class BTree(Indexed):
                              self.state[vcpu], self._lookups[vcpu], self.paths[vcpu], buffer.address,
                              buffer.kind))  # fmt: skip
         buffer.think_ps[:count] = self.think_ps
+        self.llc.mark(buffer.address[:count], buffer.kind[:count])
         return count
 
     def leaf_heat(self, weight: Words, heat: Words, scratch: Words) -> None:

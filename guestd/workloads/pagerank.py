@@ -209,6 +209,7 @@ class PageRank(BuiltWorkload):
         count = int(_iterate(self.graph, self.links, self.contributions, self.state, self.where, buffer.address,
                              buffer.kind, self._scratch))  # fmt: skip
         buffer.think_ps[:count] = self.think_ps
+        self.llc.mark(buffer.address[:count], buffer.kind[:count])
         return count
 
     def heat(self) -> Words | None:

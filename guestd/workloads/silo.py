@@ -205,8 +205,10 @@ class Silo(Indexed):
 
     def generate(self, vcpu: int, buffer: Buffer) -> int:
         self.finish()
-        return int(_operate(self.tree, self.law, self.records, self.record_bytes, self.think_ps, self.rng[vcpu],
-                            self.state[vcpu], self._update[vcpu], self.paths[vcpu], *buffer))  # fmt: skip
+        count = int(_operate(self.tree, self.law, self.records, self.record_bytes, self.think_ps, self.rng[vcpu],
+                             self.state[vcpu], self._update[vcpu], self.paths[vcpu], *buffer))  # fmt: skip
+        self.llc.mark(buffer.address[:count], buffer.kind[:count])
+        return count
 
     def leaf_heat(self, weight: Words, heat: Words, scratch: Words) -> None:
         """By the law as it is now: where the hot spot of the first vCPU is."""

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guestd.address_space import AddressSpace, heap_region
+from guestd.llc import LlcFilter
 from guestd.workloads.base import ROOM, BuiltWorkload, Workload, scaled_heat
 from guestd.workloads.registry import workloads
 from proto.config import Scalar
 from proto.costs import Costs
+from proto.trace import LLC_HIT
 from tests.guestd.machines import guest_config
 from tests.guestd.workloads.accesses import new_buffer, populated, take
 
@@ -55,6 +57,25 @@ def test_generators_stay_in_their_space_and_populate_what_they_will_touch(
     assert hot <= set(pages)
     # Of the last node of a tree, what its search reads may end on the page before.
     assert name in COLD_PAGES or len(hot) >= len(pages) - (name in WHOLE_OPERATIONS)
+
+
+@pytest.mark.parametrize("name", WHOLE_OPERATIONS)
+def test_a_data_structure_is_read_through_the_llc(name: str, costs: Costs) -> None:
+    """The same accesses as without one, of which those hit that an LRU cache of the share's size holds."""
+    plain, filtered = make(name, costs), make(name, costs)
+    assert populated(plain, vcpus=2) == populated(filtered, vcpus=2)
+    cache = LlcFilter()
+    for share in (0, 1 << 18, 1 << 18, 1 << 24):
+        filtered.set_llc(share)
+        cache.resize(share)
+        for vcpu in (0, 1):
+            bare, found = new_buffer(20_000), new_buffer(20_000)
+            count = plain.generate(vcpu, bare)
+            assert filtered.generate(vcpu, found) == count
+            assert (bare.address == found.address).all()
+            cache.mark(bare.address[:count], bare.kind[:count])
+            assert (bare.kind[:count] == found.kind[:count]).all()
+            assert (found.kind[:count] >= LLC_HIT).any() == (share > 0)
 
 
 @pytest.mark.parametrize("name", GENERATORS)
