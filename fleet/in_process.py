@@ -26,18 +26,18 @@ _NO_SECRET = bytes(32)
 
 def shared_memory(config: GuestConfig) -> VmMemory:
     """A VM's segment in a memfd of sealed size, as the host maps it for a process (no transparent huge pages)."""
-    size = segment_bytes(config.total_pages, config.vcpus)
+    size = segment_bytes(config.total_pages)
     fd = memfd.create(config.name, size)
     try:
-        return view_segment(memfd.map_shared(fd, size), config.total_pages, config.vcpus)
+        return view_segment(memfd.map_shared(fd, size), config.total_pages)
     finally:
         os.close(fd)
 
 
 def private_memory(config: GuestConfig) -> VmMemory:
     """A VM's segment in plain private memory."""
-    words = np.zeros(segment_bytes(config.total_pages, config.vcpus) // 8, np.int64)
-    return view_segment(words.data.cast("B"), config.total_pages, config.vcpus)
+    words = np.zeros(segment_bytes(config.total_pages) // 8, np.int64)
+    return view_segment(words.data.cast("B"), config.total_pages)
 
 
 class InProcessFleet:

@@ -13,16 +13,10 @@ import numpy as np
 from guestd.invalidate import apply_operation
 from guestd.jit import assume, inline, kernel, prefetch
 from guestd.machine import Machine, S
-from guestd.pebs import (
-    EVENT_LOAD,
-    EVENT_STORE,
-    P_LOAD_PERIOD,
-    P_RECORD_PS,
-    P_STORE_PERIOD,
-    P_TAG_SPAN,
-    P_THRESHOLD_PS,
-    write_record,
-)
+from guestd.pebs import P_ON as PMU_ON
+from guestd.pebs import sample
+from guestd.pml import P_ON as PML_ON
+from guestd.pml import flush_log, log_dirty
 from guestd.tlb import TLB_DIRTY, TLB_FRAME_MASK, TLB_FRAME_SHIFT, TLB_TAG_SHIFT, find, touch, victim
 from guestd.vcpu import (
     CLOCK,
@@ -34,11 +28,7 @@ from guestd.vcpu import (
     LATENCY_BIN_SHIFT,
     LATENCY_BINS,
     LENGTH,
-    LOAD_COUNT,
     POSITION,
-    RANDOM,
-    STORE_COUNT,
-    TAG_LEFT,
 )
 from guestd.walk import REFS_SHIFT, walk
 from proto.arrays import Words
@@ -100,10 +90,10 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     ept_pde, ept_pde_recent = vcpus.ept_pde[vcpu], vcpus.ept_pde_recent[vcpu]
     table_gpfn, table_slow, price = m.table_gpfn, m.table_slow, m.price
     gpt, ept, stamps = m.gpt, m.ept, m.stamps
-    counters, state, params = m.counters, m.state, m.ds.params
+    counters, state, pml = m.counters, m.state, m.pml
     latency_ps, read_bytes, write_bytes, budget = m.latency_ps, m.read_bytes, m.write_bytes, m.budget
     owner, slow_frames, mlp, stlb_hit = state[S.OWNER], state[S.SLOW_FRAMES], state[S.MLP_Q8], state[S.STLB_HIT_PS]
-    load_period, store_period = params[P_LOAD_PERIOD], params[P_STORE_PERIOD]
+    sampling, logging = m.ds.params[PMU_ON] != 0, pml.params[PML_ON] != 0
 
     clock, position, length = field[CLOCK], field[POSITION], field[LENGTH]
     last_block = field[LAST_BLOCK]
@@ -146,14 +136,31 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             if (e & PRESENT) == 0 or (write and (e & WRITABLE) == 0):
                 reason = FAULT
                 break
+            table = page >> TABLE_SHIFT
+            t = ept[table_gpfn[table]]
+            if (t & PRESENT) == 0:
+                reason = FAULT
+                break
             bits = ACCESSED | DIRTY if write else ACCESSED
+            exit_cost = 0
+            # With EPT A/D bits, an access to a guest paging structure is a write (SDM vol. 3, 29.3.5).
+            if (t & (ACCESSED | DIRTY)) != (ACCESSED | DIRTY):
+                ept[table_gpfn[table]] = t | ACCESSED | DIRTY
+                if logging and (t & DIRTY) == 0:
+                    exit_cost += log_dirty(pml, vcpu, table_gpfn[table], 1, counters)
             if (g & bits) != bits:
                 g |= bits
                 gpt[page] = g
             if (e & bits) != bits:
                 ept[gpfn] = e | bits
+                if logging and write and (e & DIRTY) == 0:
+                    exit_cost += log_dirty(pml, vcpu, gpfn, 0, counters)
+            if exit_cost > 0:
+                field[EXIT_START] = clock
+                clock += exit_cost
+                field[EXIT_END] = clock
+                field[FLUSH_AT_ENTRY] = 0
             frame = (e & FRAME_MASK) >> FRAME_SHIFT
-            table = page >> TABLE_SHIFT
             walked = walk(pde, pde_recent, nested, nested_recent, ept_pde, ept_pde_recent, field, table,
                           table_gpfn[table], table_slow[table], gpfn, price)  # fmt: skip
             walk_ps = walked & ((1 << REFS_SHIFT) - 1)
@@ -182,6 +189,8 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
         if exit_ps[position] != 0:
             field[EXIT_START] = clock
             clock += exit_ps[position]
+            if logging:
+                clock += flush_log(pml, vcpu, counters)
             field[EXIT_END] = clock
             field[FLUSH_AT_ENTRY] = 0
             exit_ps[position] = 0
@@ -208,33 +217,13 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
 
         if kind != STORE:
             loads += 1
-            if load_period > 0:
-                field[TAG_LEFT] -= 1
-                if field[TAG_LEFT] <= 0:
-                    field[RANDOM] = (field[RANDOM] * 1103515245 + 12345) & 0x7FFFFFFF
-                    field[TAG_LEFT] = 1 + (field[RANDOM] >> 8) % params[P_TAG_SPAN]
-                    if latency >= params[P_THRESHOLD_PS]:
-                        field[LOAD_COUNT] += 1
-                        if field[LOAD_COUNT] >= load_period:
-                            field[LOAD_COUNT] = 0
-                            gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
-                            pmi = write_record(m.ds, ept, field, vcpu, EVENT_LOAD, clock, gva, slow, latency, counters)
-                            clock += params[P_RECORD_PS]
-                            counters[C.time__stolen_ps] += params[P_RECORD_PS]
-                            if pmi:
-                                reason = PMI
-                                break
-        if write and store_period > 0:
-            field[STORE_COUNT] += 1
-            if field[STORE_COUNT] >= store_period:
-                field[STORE_COUNT] = 0
-                gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
-                pmi = write_record(m.ds, ept, field, vcpu, EVENT_STORE, clock, gva, slow, latency, counters)
-                clock += params[P_RECORD_PS]
-                counters[C.time__stolen_ps] += params[P_RECORD_PS]
-                if pmi:
-                    reason = PMI
-                    break
+        if sampling:
+            gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
+            cost, service = sample(m.ds, pml, ept, field, vcpu, kind, clock, gva, slow, latency, False, counters)
+            clock += cost
+            if service:
+                reason = PMI
+                break
 
     field[CLOCK] = clock
     field[POSITION] = position
@@ -279,7 +268,7 @@ def run(m: Machine, operations: np.ndarray, until: int) -> int:
         state[S.TURN] = 0
         state[S.NOW] = boundary
         while next_operation < operations.size and operations[next_operation].time_ps <= boundary:
-            apply_operation(m.vcpus, m.ept, m.stamps, state, m.budget, operations[next_operation], m.counters)
+            apply_operation(m.vcpus, m.pml, m.ept, m.stamps, state, m.budget, operations[next_operation], m.counters)
             next_operation += 1
         state[S.OPERATION] = next_operation
         if boundary >= until:

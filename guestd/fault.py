@@ -10,7 +10,8 @@ import numpy as np
 
 from guestd.jit import inline, kernel
 from guestd.mm.nodes import NO_PAGE, Nodes, allocate, lru_add
-from guestd.vcpu import LENGTH, POSITION, Vcpus
+from guestd.pml import P_ON, Pml, log_dirty
+from guestd.vcpu import CLOCK, LENGTH, POSITION, Vcpus
 from proto.arrays import Bytes, Words
 from proto.counters import C, Counters
 from proto.entry import (
@@ -29,6 +30,8 @@ from proto.units import PAGE_SHIFT, TABLE_SHIFT
 QUEUED = 1 << 10
 """Software bit: the page is in the batch that is being collected."""
 NO_FRAME = -1
+_QUEUED_TABLE = NO_FRAME - 1
+"""Less its frame: stands for the frame of a page-table page that is in the batch."""
 
 OUT_OF_MEMORY = 1
 LOOK_AHEAD_PS = 100_000_000
@@ -70,7 +73,7 @@ def collect(
     ``prefer``: uint8[pages] preferred node per page, or empty for ``default_node``.
     """
     start = vcpus.field[vcpu, POSITION]
-    end = min(vcpus.field[vcpu, LENGTH], start + block)
+    limit = end = min(vcpus.field[vcpu, LENGTH], start + block)
     hints = found = new = 0
     counts[3] = 0
     ahead = 0
@@ -81,6 +84,12 @@ def collect(
         if ahead > LOOK_AHEAD_PS and position > start:
             end = position
             break
+        table = page >> TABLE_SHIFT
+        walked = table_gpfn[table]
+        if walked > NO_FRAME and not _backed(ept, walked):
+            table_gpfn[table] = _QUEUED_TABLE - walked
+            gpfns[found], gpfn_position[found], gpfn_old[found] = walked, position, 1
+            found += 1
         if (entry & PROTNONE) != 0:
             if (entry & QUEUED) == 0:
                 if hints == HINT_BATCH:
@@ -91,7 +100,6 @@ def collect(
                 hints += 1
         elif (entry & PRESENT) == 0:
             node = prefer[page] if prefer.size > 0 else default_node
-            table = page >> TABLE_SHIFT
             if table_gpfn[table] == NO_FRAME:
                 frame = allocate(nodes, default_node)
                 if frame == NO_PAGE:
@@ -101,6 +109,7 @@ def collect(
                 fresh[new], fresh_gpfn[new] = STAMP_TABLE_BASE + table, frame
                 new += 1
                 if not _backed(ept, frame):
+                    table_gpfn[table] = _QUEUED_TABLE - frame
                     gpfns[found], gpfn_position[found], gpfn_old[found] = frame, position, 0
                     found += 1
             frame = allocate(nodes, node)
@@ -125,17 +134,22 @@ def collect(
                 gpfns[found], gpfn_position[found], gpfn_old[found] = frame, position, 1
                 found += 1
     counts[0], counts[1], counts[2] = hints, found, new
-    for position in range(start, end):
+    for position in range(start, min(end + 1, limit)):
         page = vcpus.address[vcpu, position] >> PAGE_SHIFT
         gpt[page] = gpt[page] & ~QUEUED
+        if table_gpfn[page >> TABLE_SHIFT] < NO_FRAME:
+            table_gpfn[page >> TABLE_SHIFT] = _QUEUED_TABLE - table_gpfn[page >> TABLE_SHIFT]
 
 
 @kernel
-def clear_fresh(ept: Words, stamps: Words, owner: int, fresh: Words, fresh_gpfn: Words) -> int:
+def clear_fresh(
+    vcpus: Vcpus, vcpu: int, pml: Pml, ept: Words, stamps: Words, owner: int, fresh: Words, fresh_gpfn: Words,
+    counters: Counters,
+) -> int:  # fmt: skip
     """Clear newly allocated frames: write each page's own stamp at version 0, whatever its entry expects.
 
     So a mapping that was lost and faulted in again shows, as its content is gone. Clearing writes the frame, so its
-    EPT D bit is set. Returns the number of frames that the EPT does not map.
+    EPT D bit is set, on ``vcpu``. Returns the number of frames that the EPT does not map.
     """
     unmapped = 0
     for i in range(fresh.size):
@@ -144,6 +158,9 @@ def clear_fresh(ept: Words, stamps: Words, owner: int, fresh: Words, fresh_gpfn:
             unmapped += 1
             continue
         ept[fresh_gpfn[i]] = entry | DIRTY
+        if (entry & DIRTY) == 0 and pml.params[P_ON] != 0:
+            useless = 1 if fresh[i] >= STAMP_TABLE_BASE else 0
+            vcpus.field[vcpu, CLOCK] += log_dirty(pml, vcpu, fresh_gpfn[i], useless, counters)
         stamps[(entry & FRAME_MASK) >> FRAME_SHIFT] = owner | (fresh[i] << STAMP_PAGE_SHIFT)
     return unmapped
 
@@ -159,11 +176,11 @@ def charge(amount: Words, positions: Words, cost_ps: Words) -> int:
 
 
 @kernel
-def verify(gpt: Words, ept: Words, stamps: Words, owner: int, kernel_gpfn: Words, tables: int) -> tuple[int, int]:
+def verify(gpt: Words, ept: Words, stamps: Words, owner: int, kernel_gpfn: Words) -> tuple[int, int]:
     """Check the stamp of every mapped page and every kernel page; returns (mapped pages checked, mismatches).
 
-    ``kernel_gpfn``: int64[k], frames of ``tables`` page-table pages, then of DS pages (which may never have been
-    backed); NO_FRAME where there is none.
+    ``kernel_gpfn``: int64[k], frames of page-table pages, then of DS pages; NO_FRAME where there is none, or where
+    nobody has written to it yet. The EPT maps them all.
     """
     checked = bad = 0
     for page in range(gpt.size):
@@ -175,9 +192,8 @@ def verify(gpt: Words, ept: Words, stamps: Words, owner: int, kernel_gpfn: Words
                 bad += 1
     for i in range(kernel_gpfn.size):
         if kernel_gpfn[i] != NO_FRAME:
-            entry = ept[kernel_gpfn[i]]
-            stamp = stamps[(entry & FRAME_MASK) >> FRAME_SHIFT]
-            if (i < tables or entry != 0) and stamp != (owner | ((STAMP_TABLE_BASE + i) << STAMP_PAGE_SHIFT)):
+            frame = (ept[kernel_gpfn[i]] & FRAME_MASK) >> FRAME_SHIFT
+            if stamps[frame] != (owner | ((STAMP_TABLE_BASE + i) << STAMP_PAGE_SHIFT)):
                 bad += 1
     return checked, bad
 

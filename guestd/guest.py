@@ -18,22 +18,21 @@ from guestd import engine
 from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI
 from guestd.errors import GuestError
 from guestd.events import EventLog
-from guestd.fault import OUT_OF_MEMORY, Batch, charge, clear_fresh, collect, verify
+from guestd.fault import NO_FRAME, OUT_OF_MEMORY, Batch, charge, clear_fresh, collect, verify
 from guestd.guest_view import EptFaultCall, GuestView
 from guestd.hotness import placement_by_heat
 from guestd.machine import S, new_machine, price_walks
-from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter, metered
-from guestd.mm.nodes import FAST, NO_PAGE, WMARK_LOW, allocate, new_nodes
+from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter
+from guestd.mm.nodes import FAST, WMARK_LOW, new_nodes
 from guestd.params import resolve
-from guestd.pebs import P_INTERRUPT, drain
+from guestd.perf_events import PerfEvents
+from guestd.pml import P_ON, flush_at_exit
 from guestd.report import Snapshot, build_report
 from guestd.threads import Threads
 from guestd.tiering.policy import Tiering
 from guestd.tiering.registry import policies
 from guestd.vcpu import (
     CLOCK,
-    DS_FAULT,
-    DS_INDEX,
     EXIT_END,
     EXIT_START,
     FLUSH_AT_ENTRY,
@@ -43,25 +42,24 @@ from guestd.vcpu import (
 )
 from guestd.workloads.base import Buffer
 from guestd.workloads.registry import workloads
-from proto.arrays import Words
-from proto.config import GuestConfig
+from proto.config import GuestConfig, launch_ps
 from proto.counters import C
-from proto.entry import STAMP_TABLE_BASE
+from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.layout import OPERATION, VmMemory
 from proto.messages import Advance, Tick
 from proto.units import PS_PER_S
 
 FOREVER = 1 << 62
 NULL_ACTIVATIONS = 200
+FAULTS_A_MESSAGE = 1 << 16
 T = TypeVar("T")
-_drain = metered(drain)
 
 
 def _nothing() -> None: ...
 
 
 class Guest:
-    """See the module. Raises GuestError when the guest cannot go on (out of memory)."""
+    """See the module. Raises GuestError when the guest cannot go on (out of memory, killed by a PEBS record)."""
 
     def __init__(self, config: GuestConfig, memory: VmMemory, ept_fault: EptFaultCall, threads: Threads) -> None:
         self.config = config
@@ -78,6 +76,7 @@ class Guest:
         self.sampling = self.policy.sampling(params)
         self.machine = new_machine(config, self.workload.space, memory, self.sampling, self.workload.mlp)
         self.meter = Meter()
+        self.perf = PerfEvents(config, self.machine, self.nodes, self.meter, ept_fault, self.sampling)
         self._timers: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
         self._events = EventLog(config.events_path, config.vm)
@@ -95,7 +94,6 @@ class Guest:
             else np.zeros(0, np.uint8)
         )
         self._batch = Batch(config.engine.block)
-        self._samples = np.zeros((self.machine.ds.records.shape[1], 5), np.int64)
         self._buffers = [
             Buffer(self.machine.vcpus.address[v], self.machine.vcpus.kind[v], self.machine.vcpus.think_ps[v])
             for v in range(config.vcpus)
@@ -111,6 +109,7 @@ class Guest:
         self.started_ps = config.start_ps
         self.populated: Snapshot | None = None
         self.pages_checked = 0
+        self.pages_brought_back = 0
         self.null_activation_ns = 0.0
 
     # -- time ---------------------------------------------------------------------------------------------------
@@ -133,19 +132,20 @@ class Guest:
         self._at(at_ps, lambda: self._activate(KTHREAD, self._agent_vcpu(), self.tiering.on_timer, name))
 
     def start(self) -> None:
-        """Boot at the tenant's start time: scheduler timers, the policy's own."""
+        """Boot at the tenant's start time, once its memory is ready: scheduler timers, the policy's own."""
         config = self.config
         state, field = self.machine.state, self.machine.vcpus.field
-        state[S.NOW] = config.start_ps
-        field[:, CLOCK] = config.start_ps
-        self.meter.now = config.start_ps
-        self._at(config.start_ps, self._allocate_ds)
+        boot_ps = launch_ps(config)
+        state[S.NOW] = boot_ps
+        field[:, CLOCK] = boot_ps
+        self.meter.now = boot_ps
+        self._at(boot_ps, partial(self.perf.allocate, boot_ps))
         period = config.kernel.sched_slice_ps
         for vcpu in range(config.vcpus):
-            self._at(config.start_ps + period * (vcpu + 1) // config.vcpus, partial(self._context_switch, vcpu))
+            self._at(boot_ps + period * (vcpu + 1) // config.vcpus, partial(self._context_switch, vcpu))
         self._tick_ps = PS_PER_S // config.kernel.hz
         if self.tiering.reclaim_mark is not None:
-            self._at(config.start_ps + self._tick_ps, self._tick)
+            self._at(boot_ps + self._tick_ps, self._tick)
         self.null_activation_ns = self._calibrate()
         self._threads.on_agent(self.tiering.start)
 
@@ -263,8 +263,9 @@ class Guest:
             counters[C.exit__ept_violation] += gpfns
             counters[C.time__exit_ps] += total
             counters[C.time__stolen_ps] += int(cost[batch.gpfn_old[:gpfns] == 1].sum())
-        if fresh and clear_fresh(machine.ept, machine.stamps, int(machine.state[S.OWNER]), batch.fresh[:fresh],
-            batch.fresh_gpfn[:fresh],
+        if fresh and clear_fresh(
+            vcpus, vcpu, machine.pml, machine.ept, machine.stamps, int(machine.state[S.OWNER]), batch.fresh[:fresh],
+            batch.fresh_gpfn[:fresh], counters,
         ):  # fmt: skip
             raise GuestError("the host left frames unmapped after it had answered the fault")
         if hints:
@@ -282,42 +283,12 @@ class Guest:
                 "give the VM more memory or the workload a smaller footprint"
             )
 
-    def _allocate_ds(self) -> None:
-        """The kernel allocates the DS areas; stock Linux clears them, so that the host backs them (ds_prefault)."""
-        ds = self.machine.ds
-        for index in np.ndindex(ds.gpfn.shape):
-            frame = int(allocate(self.nodes, FAST))
-            if frame == NO_PAGE:
-                raise GuestError(
-                    "out of memory for the PEBS buffers; give the VM more memory or set guest.ds_pages lower"
-                )
-            ds.gpfn[index] = frame
-        if self.config.kernel.ds_prefault and ds.gpfn.size:
-            gpfns = ds.gpfn.reshape(-1)
-            self._ept_fault(self.now, gpfns, np.ones(gpfns.size, np.uint8))
-            self._clear_ds(gpfns)
-
-    def _clear_ds(self, gpfns: Words) -> None:
-        machine = self.machine
-        first = STAMP_TABLE_BASE + machine.table_gpfn.size
-        pages = first + np.flatnonzero(np.isin(machine.ds.gpfn.reshape(-1), gpfns))
-        clear_fresh(machine.ept, machine.stamps, int(machine.state[S.OWNER]), pages, gpfns)
-
     def _serve_pmu(self) -> None:
-        """A record met an EPT violation, or a DS area is nearly full."""
+        """A record met an EPT violation, or a buffer is nearly full."""
         vcpu = int(self.machine.state[S.TURN])
-        field, params = self.machine.vcpus.field[vcpu], self.machine.ds.params
-        if field[DS_FAULT]:
-            gpfn = np.array([field[DS_FAULT] - 1], np.int64)
-            backed = int(self.machine.ept[gpfn[0]]) != 0
-            cost = int(self._ept_fault(int(field[CLOCK]), gpfn, np.ones(1, np.uint8))[0])
-            if not backed:
-                self._clear_ds(gpfn)
-            self.machine.counters[C.pebs__ept_violations] += 1
-            self.machine.counters[C.exit__ept_violation] += 1
-            self._exit(vcpu, cost)
-            field[DS_FAULT] = 0
-        if field[DS_INDEX] >= params[P_INTERRUPT]:
+        if exits_ps := self.perf.resolve_violations(vcpu):
+            self._exit(vcpu, exits_ps)
+        if self.perf.pmu.interrupt_due(vcpu):
             self._take_pmi(vcpu)
 
     def _exit(self, vcpu: int, cost_ps: int) -> None:
@@ -325,6 +296,8 @@ class Guest:
         field, counters = self.machine.vcpus.field[vcpu], self.machine.counters
         field[EXIT_START] = field[CLOCK]
         field[CLOCK] += cost_ps
+        if self.machine.pml.params[P_ON]:
+            field[CLOCK] += flush_at_exit(self.machine.pml, vcpu, counters)
         field[EXIT_END] = field[CLOCK]
         field[FLUSH_AT_ENTRY] = 0
         counters[C.time__exit_ps] += cost_ps
@@ -349,7 +322,8 @@ class Guest:
             return
         self.machine.counters[C.vmstat__context_switches] += 1
         field[vcpu, CLOCK] += 2 * self.config.costs.context_switch_ps
-        if self.tiering.drains_at_context_switch and field[vcpu, DS_INDEX]:
+        drains = self.perf.drains_at_context_switch() or self.tiering.drains_at_context_switch
+        if drains and self.perf.pmu.waiting(vcpu):
             self._activate(TASK, vcpu, self._drain, vcpu)
 
     def _tick(self) -> None:
@@ -395,13 +369,7 @@ class Guest:
         return result
 
     def _drain(self, vcpu: int) -> None:
-        field, counters = self.machine.vcpus.field[vcpu], self.machine.counters
-        with self.meter.stage(TRACK):
-            count = int(_drain(self.meter.book, self.machine.ds.records[vcpu], field, self._samples))
-            self.meter.charge(self.config.costs.drain_record_ps * count)
-        counters[C.pebs__drains] += 1
-        counters[C.pebs__drained_records] += count
-        self.tiering.on_samples(self._samples[:count])
+        self.tiering.on_samples(self.perf.drain(vcpu))
 
     # -- end ----------------------------------------------------------------------------------------------------
 
@@ -411,12 +379,19 @@ class Guest:
         self._verify()
 
     def _verify(self) -> None:
-        checked, bad = verify(self.machine.gpt, self.machine.ept, self.machine.stamps,
-                              int(self.machine.state[S.OWNER]),
-                              np.concatenate([self.machine.table_gpfn, self.machine.ds.gpfn.reshape(-1)]),
-                              self.machine.table_gpfn.size)  # fmt: skip
+        """Check all content; what the host has swapped out is brought back for it, as reading it would do."""
+        machine = self.machine
+        gpt = machine.gpt[(machine.gpt & (PRESENT | PROTNONE)) != 0]
+        kernel = np.concatenate([machine.table_gpfn, self.perf.written()])
+        gpfns = np.concatenate([(gpt & FRAME_MASK) >> FRAME_SHIFT, kernel[kernel != NO_FRAME]])
+        away = gpfns[(machine.ept[gpfns] & WRITABLE) == 0]
+        for start in range(0, away.size, FAULTS_A_MESSAGE):
+            batch = away[start : start + FAULTS_A_MESSAGE]
+            self._ept_fault(self.now, batch, np.zeros(batch.size, np.uint8))
+        self.pages_brought_back = away.size
+        checked, bad = verify(machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]), kernel)
         self.pages_checked = int(checked)
-        self.machine.counters[C.integrity__mismatches] += bad
+        machine.counters[C.integrity__mismatches] += bad
 
     def report(self) -> dict[str, object]:
         """The VM's part of summary.json, but for what only the process knows; of a stopped run too."""

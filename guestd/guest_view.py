@@ -11,15 +11,17 @@ from collections.abc import Callable
 import numpy as np
 
 from guestd.events import EventLog
+from guestd.jit import inline
 from guestd.machine import Machine
 from guestd.meter import MIGRATE, TASK, Meter, metered
 from guestd.mm.nodes import FAST, Nodes, give_free
+from guestd.pml import P_ON, Pml, log_dirty
 from guestd.tiering.view import PageView
 from guestd.vcpu import CLOCK, IDLE, drop_guest_everywhere, drop_pages_everywhere
 from proto.arrays import Bytes, Ints, Words
 from proto.config import GuestConfig
 from proto.costs import copy_ps
-from proto.counters import C
+from proto.counters import C, Counters
 from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE
 from proto.units import PAGE_SHIFT, PAGE_SIZE, TABLE_PAGES, TABLE_SHIFT
 
@@ -41,16 +43,31 @@ def _protect(gpt: Words, half: int, first: int, count: int) -> int:
     return changed
 
 
+@inline
+def _write(ept: Words, gpfn: int, pml: Pml, vcpu: int, counters: Counters) -> int:
+    """The kernel writes a whole frame: A and D, and a log entry; what the exit for a full log took, ps."""
+    entry = ept[gpfn]
+    ept[gpfn] = entry | ACCESSED | DIRTY
+    if (entry & DIRTY) == 0 and pml.params[P_ON] != 0:
+        return log_dirty(pml, vcpu, gpfn, 0, counters)
+    return 0
+
+
 @metered
 def _copy_and_map(
-    gpt: Words, ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Ints, targets: Ints, protnone: int
-) -> None:
-    """Copy contents gPA to gPA through the EPT, point the entries at the targets (old, clean), free the sources."""
+    gpt: Words, ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Ints, targets: Ints, protnone: int,
+    pml: Pml, vcpu: int, counters: Counters,
+) -> int:  # fmt: skip
+    """Copy contents gPA to gPA through the EPT, point the entries at the targets (old, clean), free the sources.
+
+    Returns what exits for a full log of dirty pages took, ps.
+    """
+    exits_ps = 0
     for i in range(pages.size):
         source = (ept[frames[i]] & FRAME_MASK) >> FRAME_SHIFT
         entry = ept[targets[i]]
         stamps[(entry & FRAME_MASK) >> FRAME_SHIFT] = stamps[source]
-        ept[targets[i]] = entry | ACCESSED | DIRTY
+        exits_ps += _write(ept, targets[i], pml, vcpu, counters)
         ept[frames[i]] |= ACCESSED
         old = gpt[pages[i]]
         entry = (old & ~(FRAME_MASK | ACCESSED | DIRTY)) | (np.int64(targets[i]) << FRAME_SHIFT)
@@ -58,20 +75,24 @@ def _copy_and_map(
             entry = (entry & ~PRESENT) | protnone
         gpt[pages[i]] = entry
         give_free(nodes, frames[i])
+    return exits_ps
 
 
 @metered
 def _swap_contents(gpt: Words, ept: Words, stamps: Words, pages: Words, frames: Ints, others: Words,
-                   other_frames: Ints) -> None:  # fmt: skip
+                   other_frames: Ints, pml: Pml, vcpu: int, counters: Counters) -> int:  # fmt: skip
+    """Exchange contents through the EPT, and where the entries point; returns what exits for a full log took, ps."""
+    exits_ps = 0
     for i in range(pages.size):
         a, b = frames[i], other_frames[i]
         slot_a, slot_b = (ept[a] & FRAME_MASK) >> FRAME_SHIFT, (ept[b] & FRAME_MASK) >> FRAME_SHIFT
         stamps[slot_a], stamps[slot_b] = stamps[slot_b], stamps[slot_a]
-        ept[a] |= ACCESSED | DIRTY
-        ept[b] |= ACCESSED | DIRTY
+        exits_ps += _write(ept, a, pml, vcpu, counters)
+        exits_ps += _write(ept, b, pml, vcpu, counters)
         keep = ~(FRAME_MASK | ACCESSED | DIRTY)
         gpt[pages[i]] = (gpt[pages[i]] & keep) | (np.int64(b) << FRAME_SHIFT)
         gpt[others[i]] = (gpt[others[i]] & keep) | (np.int64(a) << FRAME_SHIFT)
+    return exits_ps
 
 
 class GuestView(PageView):
@@ -155,7 +176,7 @@ class GuestView(PageView):
             self.flush_pages(pages, requests=pages.size)
 
     def _back(self, frames: Ints) -> None:
-        """Have the host back target frames before the copy, as the copy's first write would."""
+        """Have the host map frames before a copy, as its first access would."""
         machine = self._machine
         missing = frames[(machine.ept[frames] & PRESENT) == 0].astype(np.int64)
         if missing.size:
@@ -175,10 +196,12 @@ class GuestView(PageView):
 
     def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int, protect: bool) -> None:
         machine = self._machine
-        self._back(targets)
+        self._back(np.concatenate([frames, targets]))
         self._flush_unmapped(pages, self._kernel.batched_unmap_flush and self.meter.context != TASK)
-        _copy_and_map(self.meter.book, machine.gpt, machine.ept, machine.stamps, self.nodes, pages, frames, targets,
-                      PROTNONE if protect else 0)  # fmt: skip
+        exits_ps = _copy_and_map(self.meter.book, machine.gpt, machine.ept, machine.stamps, self.nodes, pages, frames,
+                                 targets, PROTNONE if protect else 0, machine.pml, self.vcpu,
+                                 machine.counters)  # fmt: skip
+        self.meter.charge(exits_ps)
         self._traffic(1 - node, node, pages.size)
         self.meter.charge(cost_ps * pages.size)
         self._events.add(self.now, "promote" if node == FAST else "demote", self._gva(pages), 1 - node, node)
@@ -186,9 +209,12 @@ class GuestView(PageView):
     def _swap(self, slow_pages: Words, slow_frames: Ints, fast_pages: Words, fast_frames: Ints, batched: bool) -> None:
         machine, costs = self._machine, self.costs
         with self.meter.stage(MIGRATE):
+            self._back(np.concatenate([slow_frames, fast_frames]))
             self._flush_unmapped(np.concatenate([slow_pages, fast_pages]), batched)
-            _swap_contents(self.meter.book, machine.gpt, machine.ept, machine.stamps, slow_pages, slow_frames,
-                           fast_pages, fast_frames)  # fmt: skip
+            exits_ps = _swap_contents(self.meter.book, machine.gpt, machine.ept, machine.stamps, slow_pages,
+                                      slow_frames, fast_pages, fast_frames, machine.pml, self.vcpu,
+                                      machine.counters)  # fmt: skip
+            self.meter.charge(exits_ps)
             self._traffic(1, FAST, slow_pages.size)
             self._traffic(FAST, 1, slow_pages.size)
             each = 2 * costs.migrate_page_ps + copy_ps(costs, True, False) + copy_ps(costs, False, True)

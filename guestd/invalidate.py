@@ -10,16 +10,17 @@ from typing import Any
 
 from guestd.jit import inline
 from guestd.machine import S
+from guestd.pml import P_ON, Pml, flush_log, has_dirty, take_dirty
 from guestd.vcpu import CLOCK, EXIT_END, EXIT_START, FLUSH_AT_ENTRY, IDLE, Vcpus, drop_all
 from proto.arrays import Words
 from proto.counters import C, Counters
 from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE, YOUNG
-from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP
+from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP
 from proto.units import PAGE_SIZE
 
 
 @inline
-def request_flush(vcpus: Vcpus, state: Words, now: int, counters: Counters) -> None:
+def request_flush(vcpus: Vcpus, pml: Pml, state: Words, now: int, counters: Counters) -> None:
     """One kvm_flush_remote_tlbs at ``now``: kick the vCPUs in guest mode, let the others flush at their entry."""
     counters[C.kvm__remote_tlb_flush_requests] += 1
     kicked = False
@@ -38,8 +39,9 @@ def request_flush(vcpus: Vcpus, state: Words, now: int, counters: Counters) -> N
             counters[C.time__stolen_ps] += state[S.VMEXIT_PS]
             # From now on, not from the clock, which is ahead by what is left of the access that `now` fell into.
             field[EXIT_START] = now
-            field[EXIT_END] = now + state[S.VMEXIT_PS] + state[S.FLUSH_PS]
-            field[CLOCK] += state[S.VMEXIT_PS]
+            log_ps = flush_log(pml, vcpu, counters) if pml.params[P_ON] != 0 else 0
+            field[EXIT_END] = now + state[S.VMEXIT_PS] + state[S.FLUSH_PS] + log_ps
+            field[CLOCK] += state[S.VMEXIT_PS] + log_ps
         # The vCPU runs nothing until its entry, so the flush of that entry may empty the caches already now.
         field[FLUSH_AT_ENTRY] = 1
         drop_all(vcpus, vcpu)
@@ -64,7 +66,7 @@ def _zap(ept: Words, gpfn: int) -> bool:
 
 
 @inline
-def _swap(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, budget: Words, operation: Any,
+def _swap(vcpus: Vcpus, pml: Pml, ept: Words, stamps: Words, state: Words, budget: Words, operation: Any,
           counters: Counters) -> None:  # fmt: skip
     zapped = 0
     for gpfn in (operation.a, operation.b):
@@ -72,7 +74,7 @@ def _swap(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, budget: Words, 
             zapped += 1
     counters[C.kvm__mmu_zapped] += zapped
     if zapped > 0:
-        request_flush(vcpus, state, operation.time_ps, counters)
+        request_flush(vcpus, pml, state, operation.time_ps, counters)
     first, second = ept[operation.a], ept[operation.b]
     frame_a, frame_b = (first & FRAME_MASK) >> FRAME_SHIFT, (second & FRAME_MASK) >> FRAME_SHIFT
     stamps[frame_a], stamps[frame_b] = stamps[frame_b], stamps[frame_a]
@@ -86,12 +88,23 @@ def _swap(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, budget: Words, 
 
 
 @inline
-def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, budget: Words, operation: Any,
+def _harvest(vcpus: Vcpus, pml: Pml, ept: Words, state: Words, now: int, counters: Counters) -> None:
+    """KVM_GET_DIRTY_LOG (virt/kvm/kvm_main.c): empty all logs, take the bitmap, clear its pages' D bits, flush once."""
+    if not has_dirty(pml):
+        return
+    request_flush(vcpus, pml, state, now, counters)
+    for vcpu in range(vcpus.field.shape[0]):
+        vcpus.field[vcpu, CLOCK] += flush_log(pml, vcpu, counters)
+    take_dirty(pml, ept)
+
+
+@inline
+def apply_operation(vcpus: Vcpus, pml: Pml, ept: Words, stamps: Words, state: Words, budget: Words, operation: Any,
                     counters: Counters) -> None:  # fmt: skip
     """Execute one `proto.layout.OPERATION` at its time; all vCPUs have run up to it."""
     now = operation.time_ps
     if operation.kind == OP_FLUSH:
-        request_flush(vcpus, state, now, counters)
+        request_flush(vcpus, pml, state, now, counters)
     elif operation.kind == OP_ZAP:
         zapped = 0
         for gpfn in range(operation.a, operation.a + operation.b):
@@ -103,7 +116,7 @@ def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, budge
                 ept[gpfn] = entry | PROTNONE
         counters[C.kvm__mmu_zapped] += zapped
         if zapped > 0:
-            request_flush(vcpus, state, now, counters)
+            request_flush(vcpus, pml, state, now, counters)
     elif operation.kind == OP_STALL:
         field = vcpus.field[operation.a]
         field[EXIT_START] = now
@@ -112,12 +125,14 @@ def apply_operation(vcpus: Vcpus, ept: Words, stamps: Words, state: Words, budge
         field[FLUSH_AT_ENTRY] = 0
         counters[C.time__exit_ps] += operation.b
         counters[C.time__stolen_ps] += operation.b
+    elif operation.kind == OP_HARVEST:
+        _harvest(vcpus, pml, ept, state, now, counters)
     elif operation.kind == OP_SWAP:
-        _swap(vcpus, ept, stamps, state, budget, operation, counters)
+        _swap(vcpus, pml, ept, stamps, state, budget, operation, counters)
     elif operation.kind == OP_MOVE:
         if _zap(ept, operation.a):
             counters[C.kvm__mmu_zapped] += 1
-            request_flush(vcpus, state, now, counters)
+            request_flush(vcpus, pml, state, now, counters)
         entry = ept[operation.a]
         source = (entry & FRAME_MASK) >> FRAME_SHIFT
         stamps[operation.b] = stamps[source]

@@ -8,6 +8,7 @@ import numpy as np
 from guestd.address_space import AddressSpace
 from guestd.fault import NO_FRAME, locate_tables
 from guestd.pebs import DsArea, new_ds_area
+from guestd.pml import Pml, new_pml
 from guestd.tiering.policy import Sampling
 from guestd.vcpu import Vcpus, new_vcpus
 from guestd.walk import PRICE_EPT_LEAF, PRICE_GUEST_LEAF_FAST, PRICE_GUEST_LEAF_SLOW, PRICE_UPPER, PRICES
@@ -61,6 +62,7 @@ class Machine(NamedTuple):
     table_slow: Words
     """int64[tables]: 1 if that page lies in the slow tier."""
     ds: DsArea
+    pml: Pml
     state: Words
     """int64[len(S)]"""
     latency_ps: Words
@@ -101,6 +103,7 @@ def new_machine(
         table_gpfn=np.full(space.tables, NO_FRAME, np.int64),
         table_slow=np.zeros(space.tables, np.int64),
         ds=new_ds_area(config.vcpus, config.kernel.ds_pages, sampling, costs),
+        pml=new_pml(config.vcpus, memory.dirty, config.host.pml, costs),
         state=state,
         latency_ps=np.zeros((2, 2), np.int64),
         read_bytes=media,

@@ -109,7 +109,11 @@ def build_report(guest: Guest) -> dict[str, Any]:
         },
         "time": {name.removesuffix("_ps") + "_s": value / PS_PER_S for name, value in clock.items()},
         "process_cpu": {"meter_s": int(meter.book[CALLS]) * meter_cost_ns() / 1e9},
-        "integrity": {"pages_checked": guest.pages_checked, **whole["integrity"]},
+        "integrity": {
+            "pages_checked": guest.pages_checked,
+            "pages_brought_back": guest.pages_brought_back,
+            **whole["integrity"],
+        },
         "populate": {
             "vmstat": before["vmstat"],
             "kvm": {**before["kvm"], "exits": before["exit"]},
@@ -117,7 +121,14 @@ def build_report(guest: Guest) -> dict[str, Any]:
         },
     }  # fmt: skip
     if guest.sampling:
-        report["pebs"] = {**groups["pebs"], "period": guest.sampling.load_period}
+        report["pebs"] = {**groups["pebs"], **guest.perf.pmu.report()}
+    if config.host.pml:
+        entries, useless = groups["pml"]["entries"], groups["pml"]["useless"]
+        report["pml"] = {
+            "entries": entries,
+            "full_exits": groups["exit"]["pml_full"],
+            "useless_ratio": useless / max(1, entries),
+        }
     if heat is not None and config.fast_pages:
         report["hotness"] = score(heat, pages_in_fast(guest), config.fast_pages)
     return report

@@ -23,9 +23,6 @@ LAST_BLOCK = 3
 """256-byte block of the access before."""
 TAG_LEFT = 4
 """Loads until the load-latency facility tags one."""
-LOAD_COUNT = 5
-"""Tagged loads above the threshold since the last record."""
-STORE_COUNT = 6
 DS_INDEX = 7
 """Records in the DS area."""
 GUEST_UPPER = 8
@@ -41,7 +38,7 @@ IDLE = 13
 RANDOM = 14
 """State of the load-tagging generator."""
 DS_FAULT = 15
-"""gPA frame + 1 of a DS page whose record met an EPT violation; 0 = none."""
+"""Index + 1 of the first record that met an EPT violation; 0 = none."""
 FIELDS = 16
 
 BUFFER = 16384

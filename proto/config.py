@@ -104,6 +104,12 @@ class GuestConfig(Struct, frozen=True):
     """File to which the guest appends `proto.events.EVENT` records; empty = none."""
 
 
+def launch_ps(config: GuestConfig) -> int:
+    """Virtual time at which a VM's vCPUs first run: its start, and what populating its memory takes."""
+    pages = config.fast_pages + config.slow_pages if config.host.populate else 0
+    return config.start_ps + pages * config.costs.populate_page_ps
+
+
 class HostConfig(Struct, frozen=True):
     """The host of a run."""
 

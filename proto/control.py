@@ -192,7 +192,6 @@ class Handover(Struct):
     vm: int
     secret: bytes
     total_pages: int
-    vcpus: int
     endpoint: str
     server_key: bytes
     """CURVE public key of the host; empty without CURVE."""

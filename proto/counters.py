@@ -56,6 +56,7 @@ class C(IntEnum):
     exit__ept_violation = auto()
     exit__kick = auto()
     exit__pmi = auto()
+    exit__pml_full = auto()
 
     instr__invlpg = auto()
     instr__invpcid_0 = auto()
@@ -74,6 +75,9 @@ class C(IntEnum):
     pebs__drains = auto()
     pebs__drained_records = auto()
     pebs__ept_violations = auto()
+
+    pml__entries = auto()
+    pml__useless = auto()
 
     time__exit_ps = auto()
     time__stolen_ps = auto()

@@ -52,14 +52,13 @@ class Pending:
         """Make, map and pass the guest's memory. Raises SegmentError; OSError if the guest is gone."""
         self.vm = guest.vm
         self._socket = sock
-        size = segment_bytes(guest.total_pages, guest.vcpus)
+        size = segment_bytes(guest.total_pages)
         self._fd = memfd.create(f"vm{guest.vm}", size)
-        self.memory: VmMemory = view_segment(memfd.map_shared(self._fd, size), guest.total_pages, guest.vcpus)
+        self.memory: VmMemory = view_segment(memfd.map_shared(self._fd, size), guest.total_pages)
         handover = Handover(
             vm=guest.vm,
             secret=secret,
             total_pages=guest.total_pages,
-            vcpus=guest.vcpus,
             endpoint=endpoint,
             server_key=server_key,
         )
@@ -97,8 +96,8 @@ def accept(sock: socket.socket) -> tuple[Handover, VmMemory]:
     if not fds:
         raise EOFError("the host closed the socket before it handed over the memory")
     handover = msgspec.msgpack.decode(data, type=Handover)
-    size = segment_bytes(handover.total_pages, handover.vcpus)
-    memory = view_segment(memfd.map_shared(fds[0], size), handover.total_pages, handover.vcpus)
+    size = segment_bytes(handover.total_pages)
+    memory = view_segment(memfd.map_shared(fds[0], size), handover.total_pages)
     os.close(fds[0])
     sock.send(b"m")
     sock.close()

@@ -1,7 +1,7 @@
 """Layout of a VM's shared segment, of host operations, and of event records.
 
 One segment (a sealed memfd) per VM, mapped by the host and by that guest only: its EPT, the stamps of its frames, its
-flush state. A VM's frames are a window of host-physical memory: slot s of the window is hPA frame
+dirty bitmaps. A VM's frames are a window of host-physical memory: slot s of the window is hPA frame
 ``window + s``; slots below `fast_capacity` are fast, the others slow. Capacity is the VM's whole memory in each tier
 (as the double balloon sizes its nodes), of which the provisioner backs only a share; untouched slots cost nothing.
 """
@@ -24,6 +24,8 @@ OP_STALL = 4
 """vCPU a is outside guest mode for b ps: its thread works for the host (task_work before it enters again)."""
 OP_SWAP = 5
 """Zap gPA frames a and b, flush once, exchange their contents' places, to be mapped there at their next faults."""
+OP_HARVEST = 6
+"""Empty all logs of dirty pages, move the bitmap to the row for the host, clear those D bits, and request one flush."""
 
 OPERATION = np.dtype([("time_ps", "<i8"), ("kind", "<i4"), ("flags", "<i4"), ("a", "<i8"), ("b", "<i8")])
 """A host operation on a VM at a virtual time. ``flags``: PROTNONE or 0, for OP_ZAP (set on slow leaves) and OP_MOVE."""
@@ -42,8 +44,9 @@ class VmMemory(NamedTuple):
     """int64[gpa_pages]: gPA frame -> frame slot with flags."""
     stamps: npt.NDArray[np.int64]
     """int64[slots]: content stamp of each frame of the VM's window."""
-    flush_state: npt.NDArray[np.int64]
-    """int64[vcpus, 2]: pending flush requests, end of the last exit in ps (written by the engine)."""
+    dirty: npt.NDArray[np.int64]
+    """int64[2, words]: a bit a gPA page that was logged as dirty (PML). Row 0 since the last harvest, as KVM fills it;
+    row 1 what that harvest took, for the host to read."""
 
 
 def gpa_pages(total_pages: int) -> int:
@@ -51,13 +54,17 @@ def gpa_pages(total_pages: int) -> int:
     return 2 * total_pages
 
 
-def segment_bytes(total_pages: int, vcpus: int) -> int:
-    """Bytes of a VM's segment: EPT and stamps over two nodes/tiers of the VM's whole size, and flush state."""
-    return 8 * (2 * gpa_pages(total_pages) + 2 * vcpus)
+def segment_bytes(total_pages: int) -> int:
+    """Bytes of a VM's segment: EPT and stamps over two nodes/tiers of the VM's whole size, and the dirty bitmaps."""
+    return 8 * 2 * (gpa_pages(total_pages) + _bitmap_words(total_pages))
 
 
-def view_segment(buffer: memoryview | bytearray, total_pages: int, vcpus: int) -> VmMemory:
+def view_segment(buffer: memoryview | bytearray, total_pages: int) -> VmMemory:
     """The arrays of a segment laid over ``buffer`` (no copy)."""
-    words = np.frombuffer(buffer, np.int64, segment_bytes(total_pages, vcpus) // 8)
+    words = np.frombuffer(buffer, np.int64, segment_bytes(total_pages) // 8)
     n = gpa_pages(total_pages)
-    return VmMemory(words[:n], words[n : 2 * n], words[2 * n :].reshape(vcpus, 2))
+    return VmMemory(words[:n], words[n : 2 * n], words[2 * n :].reshape(2, _bitmap_words(total_pages)))
+
+
+def _bitmap_words(total_pages: int) -> int:
+    return -(-gpa_pages(total_pages) // 64)

@@ -10,6 +10,7 @@ from fleet.in_process import InProcessFleet
 from guestd.guest import Guest
 from guestd.machine import Machine, S
 from guestd.pebs import new_ds_area
+from guestd.pml import new_pml
 from guestd.tiering.policy import Sampling
 from guestd.vcpu import LENGTH, POSITION, new_vcpus
 from guestd.walk import PRICES
@@ -34,10 +35,12 @@ def small_costs(costs: Costs, **changes: object) -> Costs:
     return msgspec.structs.replace(costs, **small | changes)
 
 
-def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | None = None) -> Machine:
-    """A machine with nothing mapped but its DS areas, which lie behind the gPA space of 8192 pages.
+def bare_machine(
+    costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | None = None, pml: bool = False
+) -> Machine:
+    """A machine with nothing mapped but its DS areas and page tables, which lie behind the gPA space of 8192 pages.
 
-    It has 6 leaf tables of gVA and 128 frame slots in each tier.
+    It has 6 leaf tables of gVA and 128 frame slots in each tier; a DS area has two pages.
     """
     state, price = np.zeros(len(S), np.int64), np.zeros(PRICES, np.int64)
     state[S.LEFT] = -1
@@ -50,19 +53,22 @@ def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | N
     state[S.STLB_HIT_PS] = costs.stlb_hit_ps
     price[:] = (5 * PS_PER_NS, 22 * PS_PER_NS, 31 * PS_PER_NS, 23 * PS_PER_NS)
     tables = np.arange(TABLES, dtype=np.int64)
-    ds = new_ds_area(vcpus, 1, sampling, costs)
-    ept = np.zeros(GPA_PAGES + vcpus, np.int64)
-    ept[GPA_PAGES:] = (SLOTS + np.arange(vcpus)) << FRAME_SHIFT | PRESENT | WRITABLE
-    ds.gpfn[:] = GPA_PAGES + np.arange(vcpus).reshape(-1, 1)
+    ds = new_ds_area(vcpus, 2, sampling, costs)
+    ds.gpfn[:] = GPA_PAGES + np.arange(ds.gpfn.size).reshape(ds.gpfn.shape)
+    table_gpfn = GPA_PAGES + 64 + tables * 700
+    ept = np.zeros(GPA_PAGES + 64 + TABLES * 700, np.int64)
+    kernel = np.concatenate([ds.gpfn.reshape(-1), table_gpfn])
+    ept[kernel] = (SLOTS + np.arange(kernel.size)) << FRAME_SHIFT | PRESENT | WRITABLE
     return Machine(
         vcpus=new_vcpus(vcpus, costs, seed),
         gpt=np.zeros(TABLES << 9, np.int64),
         ept=ept,
         stamps=np.zeros(SLOTS, np.int64),
         table_gva=0x5555_5540_0000 + tables * 3 * TABLE_BYTES,
-        table_gpfn=GPA_PAGES - 1 - tables * 700,
+        table_gpfn=table_gpfn,
         table_slow=tables & 1,
         ds=ds,
+        pml=new_pml(vcpus, np.zeros((2, -(-ept.size // 64)), np.int64), pml, costs),
         state=state,
         latency_ps=np.array([[69, 60], [300, 177]], np.int64) * PS_PER_NS,
         read_bytes=np.array([[64, 64], [256, 0]], np.int64),

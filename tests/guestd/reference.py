@@ -31,7 +31,7 @@ from proto.entry import (
     WRITABLE,
     YOUNG,
 )
-from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP
+from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_STALL, OP_ZAP
 from proto.trace import LOAD, STORE
 
 Value = TypeVar("Value")
@@ -114,12 +114,16 @@ class ReferenceVcpu:
     exit: tuple[int, int] = (0, 0)
     """The last VM exit, [start, end)."""
     flush_at_entry: bool = False
-    load_count: int = 0
-    store_count: int = 0
-    ds_gpfn: int = 0
-    """gPA frame of its DS area, one page."""
-    ds_fault: bool = False
-    """A record waits for the EPT to map that frame."""
+    counts: Counter[int] = field(default_factory=Counter)
+    """Events since the last record, by event."""
+    counted: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """(event, column of `DsArea.counts`) -> number."""
+    ds_gpfns: list[int] = field(default_factory=list)
+    """gPA frames of its DS area."""
+    ds_fault: int = 0
+    """Number of the first record, from 1, that waits for the EPT to map its page; 0: none."""
+    log: list[int] = field(default_factory=list)
+    """Its page-modification log: gPA frames."""
     records: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     """(event, time, gVA, slow, latency in ns)"""
     latencies: Counter[int] = field(default_factory=Counter)
@@ -144,7 +148,7 @@ class Reference:
                 ept_pde=Cache(vcpus.ept_pde.shape[1], 4),
                 random=int(vcpus.field[i, vcpu.RANDOM]),
                 tag_left=int(vcpus.field[i, vcpu.TAG_LEFT]),
-                ds_gpfn=int(machine.ds.gpfn[i, 0]) if machine.ds.gpfn.size else 0,
+                ds_gpfns=machine.ds.gpfn[i].tolist(),
             )
             for i in range(count)
         ]
@@ -160,6 +164,10 @@ class Reference:
         self.budget: list[list[int]] = machine.budget.tolist()
         self.price: list[int] = machine.price.tolist()
         self.params: list[int] = params.tolist()
+        self.pml_on, self.pml_exit_ps, self.pml_entry_ps = machine.pml.params.tolist()
+        self.dirty: set[int] = set()
+        """KVM's dirty bitmap."""
+        self.harvested: set[int] = set()
         self.owner = int(state[S.OWNER])
         self.slow_frames = int(state[S.SLOW_FRAMES])
         self.mlp = int(state[S.MLP_Q8])
@@ -222,9 +230,13 @@ class Reference:
         host = self.ept[gpfn]
         if not host & PRESENT or (write and not host & WRITABLE):
             return None
+        table = self.table_gpfn[page // 512]
+        if not self.ept[table] & PRESENT:
+            return None
+        self._touch(cpu, table, ACCESSED | DIRTY, useless=True)
         bits = ACCESSED | (DIRTY if write else 0)
         self.gpt[page] |= bits
-        self.ept[gpfn] |= bits
+        self._touch(cpu, gpfn, bits, useless=False)
         refs, cost = self._walk(cpu, page // 512, gpfn)
         self.counters["access__walks"] += 1
         self.counters["access__walk_refs"] += refs
@@ -233,6 +245,33 @@ class Reference:
         cpu.tlb.put(page, (_frame(host), write))
         cpu.tlb.use(page)
         return _frame(host), cost
+
+    def _touch(self, cpu: ReferenceVcpu, gpfn: int, bits: int, useless: bool) -> None:
+        """Set A (and D) of an EPT entry; a D bit that was clear is logged, after an exit if the log is full."""
+        dirtied = bits & DIRTY and not self.ept[gpfn] & DIRTY
+        self.ept[gpfn] |= bits
+        if not (dirtied and self.pml_on):
+            return
+        if len(cpu.log) == 512:
+            self.counters["exit__pml_full"] += 1
+            start = cpu.clock
+            self._stolen(cpu, self.pml_exit_ps)
+            self._flush_log(cpu)
+            cpu.exit, cpu.flush_at_entry = (start, cpu.clock), False
+        cpu.log.append(gpfn)
+        self.counters["pml__entries"] += 1
+        self.counters["pml__useless"] += useless
+
+    def _stolen(self, cpu: ReferenceVcpu, ps: int) -> None:
+        """Time outside guest mode."""
+        cpu.clock += ps
+        self.counters["time__exit_ps"] += ps
+        self.counters["time__stolen_ps"] += ps
+
+    def _flush_log(self, cpu: ReferenceVcpu) -> None:
+        self._stolen(cpu, len(cpu.log) * self.pml_entry_ps)
+        self.dirty |= set(cpu.log)
+        cpu.log.clear()
 
     def _access(self, cpu: ReferenceVcpu) -> int:
         """The next access of ``cpu``'s queue; REACHED, or why it (or the next) can't be made."""
@@ -252,9 +291,10 @@ class Reference:
         cpu.last_block = access.address // 256
         cpu.clock += access.fault_ps
         if access.exit_ps:
-            cpu.exit = (cpu.clock, cpu.clock + access.exit_ps)
+            start = cpu.clock
             cpu.clock += access.exit_ps
-            cpu.flush_at_entry = False
+            self._flush_log(cpu)
+            cpu.exit, cpu.flush_at_entry = (start, cpu.clock), False
         version = self.gpt[page] >> ENTRY_VERSION_SHIFT & STAMP_VERSION_MASK
         stamp = self.stamps[slot]
         self.counters["integrity__mismatches"] += stamp != self.owner | page << STAMP_PAGE_SHIFT | version
@@ -285,37 +325,64 @@ class Reference:
 
     def _sample(self, cpu: ReferenceVcpu, kind: int, gva: int, slow: int, latency: int) -> int:
         params = self.params
-        if kind != STORE and params[pebs.P_LOAD_PERIOD]:
-            cpu.tag_left -= 1
-            if cpu.tag_left <= 0:
-                cpu.random = (cpu.random * 1103515245 + 12345) % (1 << 31)
-                cpu.tag_left = 1 + cpu.random // 256 % params[pebs.P_TAG_SPAN]
-                cpu.load_count += latency >= params[pebs.P_THRESHOLD_PS]
-                if cpu.load_count == params[pebs.P_LOAD_PERIOD]:
-                    cpu.load_count = 0
-                    if self._record(cpu, (pebs.EVENT_LOAD, cpu.clock, gva, slow, latency // 1000)):
-                        return PMI
-        if kind != LOAD and params[pebs.P_STORE_PERIOD]:
-            cpu.store_count += 1
-            if cpu.store_count == params[pebs.P_STORE_PERIOD]:
-                cpu.store_count = 0
-                if self._record(cpu, (pebs.EVENT_STORE, cpu.clock, gva, slow, latency // 1000)):
-                    return PMI
-        return REACHED
+        fired = []
+        if kind != STORE:
+            if params[pebs.LOAD_LATENCY]:
+                cpu.tag_left -= 1
+                if cpu.tag_left <= 0:
+                    cpu.random = (cpu.random * 1103515245 + 12345) % (1 << 31)
+                    cpu.tag_left = 1 + cpu.random // 256 % params[pebs.P_TAG_SPAN]
+                    if latency >= params[pebs.P_THRESHOLD_PS]:
+                        fired.append(pebs.LOAD_LATENCY)
+            fired.append(pebs.SLOW_MISS if slow else pebs.FAST_MISS)
+        if kind != LOAD:
+            fired.append(pebs.STORES)
+        recorded = False
+        tsc = cpu.clock
+        for event in fired:
+            if not params[event]:
+                continue
+            cpu.counted[event, pebs.COUNTED] += 1
+            cpu.counts[event] += 1
+            if cpu.counts[event] == params[event]:
+                cpu.counts[event] = 0
+                recorded = True
+                tsc = self._record(cpu, event, (1 << event, tsc, gva, slow, latency // 1000), tsc)
+        cpu.clock = tsc
+        return PMI if recorded and (cpu.ds_fault or len(cpu.records) >= params[pebs.P_INTERRUPT]) else REACHED
 
-    def _record(self, cpu: ReferenceVcpu, record: tuple[int, int, int, int, int]) -> bool:
-        cpu.clock += self.params[pebs.P_RECORD_PS]
+    def _record(self, cpu: ReferenceVcpu, event: int, record: tuple[int, int, int, int, int], now: int) -> int:
+        """Write it if there is room; the time afterwards."""
+        cpu.clock = now + self.params[pebs.P_RECORD_PS]
         self.counters["time__stolen_ps"] += self.params[pebs.P_RECORD_PS]
         if len(cpu.records) == self.params[pebs.P_MAXIMUM]:
             self.counters["pebs__dropped"] += 1
-            return True
+            cpu.counted[event, pebs.DROPPED] += 1
+            return cpu.clock
+        size = self.params[pebs.P_RECORD_BYTES]
+        start = len(cpu.records) * size
         cpu.records.append(record)
         self.counters["pebs__records"] += 1
-        if self.ept[cpu.ds_gpfn] & PRESENT:
-            self.ept[cpu.ds_gpfn] |= ACCESSED | DIRTY
-        else:
-            cpu.ds_fault = True
-        return cpu.ds_fault or len(cpu.records) >= self.params[pebs.P_INTERRUPT]
+        cpu.counted[event, pebs.RECORDED] += 1
+        for gpfn in cpu.ds_gpfns[start // 4096 : (start + size - 1) // 4096 + 1]:
+            if self.ept[gpfn] & PRESENT:
+                self._touch(cpu, gpfn, ACCESSED | DIRTY, useless=True)
+            else:
+                cpu.ds_fault = cpu.ds_fault or len(cpu.records)
+        return cpu.clock
+
+    def record_pages(self, cpu: ReferenceVcpu) -> list[int]:
+        """gPA frames of the records that wait."""
+        size = self.params[pebs.P_RECORD_BYTES]
+        return cpu.ds_gpfns[(cpu.ds_fault - 1) * size // 4096 : (len(cpu.records) * size - 1) // 4096 + 1]
+
+    def complete(self, cpu: ReferenceVcpu) -> None:
+        """Their pages are mapped: they are written now."""
+        for gpfn in self.record_pages(cpu):
+            before = (cpu.exit, cpu.flush_at_entry)
+            self._touch(cpu, gpfn, ACCESSED | DIRTY, useless=True)
+            cpu.exit, cpu.flush_at_entry = before
+        cpu.ds_fault = 0
 
     # -- vCPUs in turn ------------------------------------------------------------------------------------------
 
@@ -393,6 +460,15 @@ class Reference:
             cpu.flush_at_entry = False
             self.counters["time__exit_ps"] += b
             self.counters["time__stolen_ps"] += b
+        elif kind == OP_HARVEST:
+            if self.dirty or any(cpu.log for cpu in self.vcpus):
+                self._request(time)
+                for cpu in self.vcpus:
+                    self._flush_log(cpu)
+                for gpfn in self.dirty:
+                    self.ept[gpfn] &= ~DIRTY
+                self.harvested |= self.dirty
+                self.dirty = set()
         else:
             assert kind == OP_MOVE
             if self._zap(a):
@@ -423,8 +499,10 @@ class Reference:
                 self.counters["exit__kick"] += 1
                 self.counters["time__exit_ps"] += self.vmexit_ps
                 self.counters["time__stolen_ps"] += self.vmexit_ps
-                cpu.exit = (now, now + self.vmexit_ps + self.flush_ps)
+                before = cpu.clock
                 cpu.clock += self.vmexit_ps
+                self._flush_log(cpu)
+                cpu.exit = (now, now + cpu.clock - before + self.flush_ps)
             elif not cpu.idle:
                 cpu.exit = (cpu.exit[0], cpu.exit[1] + self.flush_ps)
             cpu.flush_at_entry = True
@@ -448,6 +526,8 @@ class Reference:
         assert machine.ept.tolist() == self.ept
         assert machine.stamps.tolist() == self.stamps
         assert machine.budget.tolist() == self.budget
+        assert bitmap(machine, 0) == self.dirty
+        assert bitmap(machine, 1) == self.harvested
         assert int(machine.state[S.NOW]) == self.now
         assert int(machine.state[S.LEFT]) == self.left
         for index, cpu in enumerate(self.vcpus):
@@ -456,7 +536,13 @@ class Reference:
             assert (row[vcpu.EXIT_START], row[vcpu.EXIT_END]) == cpu.exit
             assert bool(row[vcpu.FLUSH_AT_ENTRY]) == cpu.flush_at_entry
             assert row[vcpu.DS_INDEX] == len(cpu.records)
-            assert row[vcpu.DS_FAULT] == (cpu.ds_gpfn + 1 if cpu.ds_fault else 0)
+            assert row[vcpu.DS_FAULT] == cpu.ds_fault
+            counts = machine.ds.counts[index]
+            assert {where: int(counts[where]) for where in np.ndindex(counts.shape) if counts[where]} == {
+                where: number for where, number in cpu.counted.items() if number
+            }
+            log = machine.pml.log[index, int(machine.pml.next[index]) + 1 :]
+            assert (log >> 12).tolist()[::-1] == (cpu.log if self.pml_on else [])
             assert _tlb(machine, index) == [entry for tags in cpu.tlb.sets for entry in tags]
             for cache, mine in ((machine.vcpus.pde, cpu.pde), (machine.vcpus.nested, cpu.nested),
                                 (machine.vcpus.ept_pde, cpu.ept_pde)):  # fmt: skip
@@ -466,6 +552,11 @@ class Reference:
             assert [tuple(int(record[name]) for name in columns) for record in taken] == cpu.records
             histogram = machine.vcpus.histogram[index]
             assert {int(bin_): int(histogram[bin_]) for bin_ in np.flatnonzero(histogram)} == dict(cpu.latencies)
+
+
+def bitmap(machine: Machine, row: int) -> set[int]:
+    """gPA frames whose bits are set in a row of the dirty bitmap."""
+    return set(np.flatnonzero(np.unpackbits(machine.pml.dirty[row].view(np.uint8), bitorder="little")).tolist())
 
 
 def _tlb(machine: Machine, index: int) -> list[tuple[int, tuple[int, bool]] | None]:

@@ -14,7 +14,7 @@ from guestd import engine, vcpu
 from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI, REACHED
 from guestd.guest import Guest
 from guestd.machine import S
-from guestd.pebs import P_INTERRUPT, P_MAXIMUM
+from guestd.pebs import P_INTERRUPT, P_MAXIMUM, Pebs
 from guestd.tiering.policy import Sampling
 from guestd.vcpu import drop_guest_everywhere, drop_pages_everywhere
 from proto.arrays import Words
@@ -30,7 +30,7 @@ from proto.entry import (
     STAMP_PAGE_SHIFT,
     WRITABLE,
 )
-from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP, OPERATION
+from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_STALL, OP_ZAP, OPERATION
 from proto.trace import LOAD, MODIFY, STORE
 from proto.units import PS_PER_S
 from tests.guestd.machines import GPA_PAGES, SLOTS, TABLES, bare_machine, guest_config, run_guest, small_costs
@@ -65,7 +65,7 @@ def segments(vcpus: int) -> st.SearchStrategy[Segment]:
         duration_ns=st.integers(1, 30_000),
         accesses=st.lists(st.binary(min_size=30, max_size=300), min_size=vcpus, max_size=vcpus),
         host=st.lists(
-            st.tuples(st.integers(0, 30_000), st.sampled_from((OP_FLUSH, OP_ZAP, OP_MOVE, OP_STALL)),
+            st.tuples(st.integers(0, 30_000), st.sampled_from((OP_FLUSH, OP_ZAP, OP_MOVE, OP_STALL, OP_HARVEST)),
                       st.integers(0, 255), st.booleans()),
             max_size=6,
         ),
@@ -83,6 +83,9 @@ class Program(NamedTuple):
     vcpus: int
     geometry: tuple[int, int]
     sampling: Sampling | None
+    pml: bool
+    logged: int
+    """Entries that the logs of dirty pages begin with."""
     records: int
     slice_ns: int
     budget: int
@@ -97,8 +100,12 @@ def programs(draw: st.DrawFn) -> Program:
     return Program(
         vcpus=vcpus,
         geometry=draw(st.sampled_from(((16, 4), (32, 16), (8, 2), (4, 4)))),
-        sampling=draw(st.none() | st.builds(Sampling, st.integers(0, 4), st.sampled_from((0, 64, 250)),
-                                            st.integers(0, 7))),
+        sampling=draw(st.none() | st.builds(
+            Sampling, st.integers(0, 4), st.sampled_from((0, 64, 250)), st.integers(0, 7), st.integers(0, 5),
+            st.integers(0, 5), groups=st.sampled_from(("memory", "memory+gpr+xmm")),
+        )),
+        pml=draw(st.booleans()),
+        logged=draw(st.integers(0, 512)),
         records=draw(st.integers(1, 12)),
         slice_ns=draw(st.sampled_from((100, 1_000, 7_000))),
         budget=draw(st.sampled_from((1 << 60, 4_000, 100))),
@@ -158,7 +165,7 @@ class Pair:
     def __init__(self, program: Program, costs: Costs) -> None:
         entries, ways = program.geometry
         costs = small_costs(costs, stlb_entries=entries, stlb_ways=ways, load_latency_tag_interval=3)
-        machine = self.machine = bare_machine(costs, program.vcpus, seed=5, sampling=program.sampling)
+        machine = self.machine = bare_machine(costs, program.vcpus, seed=5, sampling=program.sampling, pml=program.pml)
         machine.state[S.SLICE_PS] = program.slice_ns * 1000
         machine.state[S.MLP_Q8] = 100
         machine.state[S.LEFT] = program.left
@@ -166,6 +173,12 @@ class Pair:
             machine.ds.params[P_MAXIMUM], machine.ds.params[P_INTERRUPT] = program.records, max(1, program.records - 3)
         map_pages(machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]))
         self.reference = Reference(machine)
+        if program.pml:
+            first = 512 - program.logged
+            machine.pml.log[:, first:], machine.pml.next[:] = 1 << 12, first - 1
+            for cpu in self.reference.vcpus:
+                cpu.log = [1] * program.logged
+        self.pmu = Pebs(machine.ds, machine.pml, machine.ept, machine.vcpus.field, machine.counters, program.sampling)
         self.spare = iter(range(_SPARE, SLOTS - len(PAGES)))
         self.drain = program.records % 2 == 0
         self.budget = program.budget
@@ -200,6 +213,8 @@ class Pair:
             event(("reached", "accesses", "fault", "PMI", "completed")[reason])
             if any(cpu.ds_fault for cpu in reference.vcpus):
                 event("record met an EPT violation")
+            if reference.counters["exit__pml_full"]:
+                event("log of dirty pages was full")
             if reason in (REACHED, COMPLETED):
                 return reason == REACHED
             self.resolve(reason)
@@ -211,14 +226,22 @@ class Pair:
             row[vcpu.IDLE], cpu.idle = 1, True
         elif reason == FAULT:
             page = cpu.queue[0].address >> 12
+            table = self.reference.table_gpfn[page >> 9]
+            event("fault of a page table" if not self.reference.ept[table] & PRESENT else "fault of a page")
             repair(machine.gpt, machine.ept, page)
             repair(self.reference.gpt, self.reference.ept, page)
+            machine.ept[table] |= PRESENT
+            self.reference.ept[table] |= PRESENT
         else:
             assert reason == PMI
             if cpu.ds_fault:
-                row[vcpu.DS_FAULT], cpu.ds_fault = 0, False
-                machine.ept[cpu.ds_gpfn] |= PRESENT
-                self.reference.ept[cpu.ds_gpfn] |= PRESENT
+                pages = self.reference.record_pages(cpu)
+                assert set(self.pmu.violations(self.reference.turn)) <= set(pages)
+                for gpfn in pages:
+                    machine.ept[gpfn] |= PRESENT
+                    self.reference.ept[gpfn] |= PRESENT
+                self.pmu.resolved(self.reference.turn)
+                self.reference.complete(cpu)
             if self.drain:
                 row[vcpu.DS_INDEX] = 0
                 cpu.records.clear()
@@ -235,7 +258,8 @@ class Pair:
             elif kind == OP_STALL:
                 found.append((time, kind, 0, which % len(self.reference.vcpus), 5_000 * which))
             elif kind == OP_ZAP and which % 4 == 3:
-                found.append((time, kind, 0, GPA_PAGES + which % len(self.reference.vcpus), 1))
+                kernel = [*self.machine.ds.gpfn.T.reshape(-1).tolist(), self.reference.table_gpfn[which % TABLES]]
+                found.append((time, kind, 0, kernel[which // 4 % len(kernel)], 1))
             else:
                 found.append((time, kind, PROTNONE if protnone else 0, gpfn, 1 + which % 3))
         return sorted(found)

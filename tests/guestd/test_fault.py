@@ -18,7 +18,7 @@ from proto.entry import (
     WRITABLE,
     owner_stamp,
 )
-from tests.guestd.machines import guest_config, run_guest, start_fleet
+from tests.guestd.machines import bare_machine, guest_config, run_guest, start_fleet
 
 
 def test_every_first_touch_is_charged_once_where_it_happens(costs: Costs) -> None:
@@ -54,15 +54,18 @@ def test_charge_adds_up_costs_that_meet_in_one_place() -> None:
     assert amount.tolist() == [0, 40, 0, 20, 0]
 
 
-def test_clear_fresh_writes_each_frame_s_own_stamp_and_counts_what_is_not_mapped() -> None:
+def test_clear_fresh_writes_each_frame_s_own_stamp_and_counts_what_is_not_mapped(costs: Costs) -> None:
     ept, stamps = np.zeros(8, np.int64), np.zeros(8, np.int64)
     ept[1] = 6 << FRAME_SHIFT | PRESENT | WRITABLE
     ept[3] = 7 << FRAME_SHIFT | PRESENT | WRITABLE
     owner = owner_stamp(1)
     fresh, gpfns = np.array([2, STAMP_TABLE_BASE + 4, 5]), np.array([1, 3, 4])
-    assert clear_fresh(ept, stamps, owner, fresh, gpfns) == 1
+    machine = bare_machine(costs, 2, pml=True)
+    assert clear_fresh(machine.vcpus, 1, machine.pml, ept, stamps, owner, fresh, gpfns, machine.counters) == 1
     assert stamps.tolist() == [0] * 6 + [owner | 2 << 18, owner | (STAMP_TABLE_BASE + 4) << 18]
     assert ept[[1, 3, 4]].tolist() == [6 << 12 | PRESENT | WRITABLE | DIRTY, 7 << 12 | PRESENT | WRITABLE | DIRTY, 0]
+    assert (machine.pml.log[1, -2:] >> 12).tolist() == [3, 1], "what was cleared is logged as dirty"
+    assert (machine.counters[C.pml__entries], machine.counters[C.pml__useless]) == (2, 1)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_verify_sees_any_harm_to_a_page(harm: str, finished: Guest) -> None:
     machine = finished.machine
     owner = owner_stamp(finished.config.vm)
     gpt, ept, stamps = machine.gpt.copy(), machine.ept.copy(), machine.stamps.copy()
-    assert verify(gpt, ept, stamps, owner, machine.table_gpfn, machine.table_gpfn.size) == (4096 * 7 // 8, 0)
+    assert verify(gpt, ept, stamps, owner, machine.table_gpfn) == (4096 * 7 // 8, 0)
     first, second = np.flatnonzero(gpt)[[10, 2000]]
     slots = [
         (int(ept[(gpt[page] & FRAME_MASK) >> FRAME_SHIFT]) & FRAME_MASK) >> FRAME_SHIFT for page in (first, second)
@@ -89,9 +92,7 @@ def test_verify_sees_any_harm_to_a_page(harm: str, finished: Guest) -> None:
     else:
         table = int(machine.table_gpfn[0])
         stamps[(int(ept[table]) & FRAME_MASK) >> FRAME_SHIFT] = 0
-    assert verify(gpt, ept, stamps, owner, machine.table_gpfn, machine.table_gpfn.size)[1] == (
-        2 if harm == "swapped contents" else 1
-    )
+    assert verify(gpt, ept, stamps, owner, machine.table_gpfn)[1] == (2 if harm == "swapped contents" else 1)
 
 
 def test_a_batch_has_room_for_every_access_of_a_block() -> None:

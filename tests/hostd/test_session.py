@@ -71,8 +71,8 @@ class Host:
         self.core = HostCore(experiment.host_config(), self.guests)
         self.memories: list[VmMemory] = []
         for guest in self.guests:
-            size = segment_bytes(guest.total_pages, guest.vcpus)
-            self.memories.append(view_segment(bytearray(size), guest.total_pages, guest.vcpus))
+            size = segment_bytes(guest.total_pages)
+            self.memories.append(view_segment(bytearray(size), guest.total_pages))
             self.core.attach(guest.vm, self.memories[-1])
         self.session = Session(self.core, self.secrets)
 

@@ -52,7 +52,7 @@ def test_host_and_guest_share_the_memory_and_keep_no_descriptor(
     said, memory = taken[0]
     assert (said.vm, said.secret, said.endpoint, said.server_key) == (guest.vm, SECRET, "ipc://x", b"key")
     assert memory.ept.shape == pending.memory.ept.shape == (2 * guest.total_pages,)
-    assert memory.flush_state.shape == (guest.vcpus, 2)
+    assert memory.dirty.shape == (2, 2 * guest.total_pages // 64)
     memory.ept[5] = 77
     pending.memory.stamps[9] = 88
     assert (pending.memory.ept[5], memory.stamps[9]) == (77, 88)
