@@ -52,6 +52,8 @@ def print_summary(summary: Mapping[str, Any], console: Console, where: Path | No
         console.print(line, style="dim", highlight=False)
     for line in host_lines(summary.get("host", {})):
         console.print(Text(line))
+    for line in leak_lines(summary["vms"]):
+        console.print(Text(line), style="red")
     console.print(Text(_run_line(summary)))
     for line in error_lines(summary["errors"]):
         console.print(Text(line), style="red")
@@ -143,12 +145,27 @@ def host_lines(host: Mapping[str, Any]) -> list[str]:
     lines = [f"host: CPU measured {cpu['measured_s']:.2f} s, modelled {cpu['modelled_s']:.2f} s"]
     if refused := {reason: count for reason, count in host.get("refused", {}).items() if count}:
         lines[0] += "; refused messages: " + ", ".join(f"{count} {reason}" for reason, count in refused.items())
+    if overcommit := host.get("overcommit"):
+        sizes = {key.removesuffix("_bytes"): format_bytes(size) for key, size in overcommit.items() if key != "ratio"}
+        pinned = f", {sizes['pinned']} of it pinned" if overcommit["pinned_bytes"] else ""
+        lines.append(
+            f"  memory: {sizes['promised']} promised, {sizes['backed']} backed{pinned}, {sizes['touched']} touched"
+        )
     for tier in host["tiers"]:
         lines.append(
             f"  {tier['name']}: {format_bytes(tier['peak'] * 4096)} of {format_bytes(tier['frames'] * 4096)} used at "
             f"most, utilisation {100 * tier['utilisation']:.1f} %, loaded latency {tier['loaded_latency_ns']:.0f} ns"
         )
     return lines
+
+
+def leak_lines(vms: Sequence[Vm]) -> list[str]:
+    """Which VMs could read PEBS records of others."""
+    return [
+        f"leak: vm{vm['id']} could read {seen} PEBS records of other VMs (host.pebs=shared)"
+        for vm in vms
+        if (seen := vm.get("pebs", {}).get("foreign_records_visible", 0))
+    ]
 
 
 def _run_line(summary: Mapping[str, Any]) -> str:

@@ -122,10 +122,8 @@ class GuestView(PageView):
         self.meter.charge(self.costs.protect_pte_ps * count)
         self.counters[C.vmstat__numa_pte_updates] += changed
         if changed:
-            # A range this short is flushed page by page; mmu_gather covers it from first to last changed page.
-            self.flush_all() if count > self._kernel.single_page_flush_ceiling else self.flush_pages(
-                np.arange(first, first + count, dtype=np.int64), requests=1
-            )
+            # mmu_gather covers the range from first to last changed page.
+            self._flush_range(np.arange(first, first + count, dtype=np.int64))
         return changed
 
     def flush_all(self) -> None:
@@ -164,6 +162,16 @@ class GuestView(PageView):
 
     def _flush_young(self, young: int) -> None:
         """Nothing: x86 leaves the stale entry, at worst the page looks idle for a while."""
+
+    def _flush_dirty(self, pages: Words) -> None:
+        self._flush_range(pages)
+
+    def _flush_range(self, pages: Words) -> None:
+        """One mmu_gather: short ranges page by page, others whole."""
+        if pages.size > self._kernel.single_page_flush_ceiling:
+            self.flush_all()
+        else:
+            self.flush_pages(pages, requests=1)
 
     def _flush_unmapped(self, pages: Words, batched: bool) -> None:
         # ptep_clear_flush (mm/pgtable-generic.c) flushes only what a TLB can hold: not a PROT_NONE entry, so a

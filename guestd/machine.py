@@ -102,7 +102,7 @@ def new_machine(
         table_gva=space.table_gva,
         table_gpfn=np.full(space.tables, NO_FRAME, np.int64),
         table_slow=np.zeros(space.tables, np.int64),
-        ds=new_ds_area(config.vcpus, config.kernel.ds_pages, sampling, costs),
+        ds=new_ds_area(config.vcpus, config.kernel.ds_pages, sampling, costs, _host_buffer(config, memory)),
         pml=new_pml(config.vcpus, memory.dirty, config.host.pml, costs),
         state=state,
         latency_ps=np.zeros((2, 2), np.int64),
@@ -112,6 +112,12 @@ def new_machine(
         price=np.zeros(PRICES, np.int64),
         counters=new_counters(),
     )
+
+
+def _host_buffer(config: GuestConfig, memory: VmMemory) -> Words | None:
+    """This VM's part of the host's PEBS buffer, if records go there (``host.pebs=shared``)."""
+    area = memory.pebs.size // config.fleet_vcpus
+    return memory.pebs[config.first_vcpu * area :] if area else None
 
 
 def price_walks(machine: Machine, costs: Costs, used_pages: int, llc_bytes: int) -> None:

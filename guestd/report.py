@@ -111,8 +111,8 @@ def build_report(guest: Guest) -> dict[str, Any]:
         "process_cpu": {"meter_s": int(meter.book[CALLS]) * meter_cost_ns() / 1e9},
         "integrity": {
             "pages_checked": guest.pages_checked,
-            "pages_brought_back": guest.pages_brought_back,
             **whole["integrity"],
+            "pages_brought_back": guest.pages_brought_back,
         },
         "populate": {
             "vmstat": before["vmstat"],
@@ -120,14 +120,14 @@ def build_report(guest: Guest) -> dict[str, Any]:
             "flushes": flush_totals(before["vmstat"], before["kvm"]),
         },
     }  # fmt: skip
-    if guest.sampling:
+    if guest.sampling or config.host.pebs == "shared":
         report["pebs"] = {**groups["pebs"], **guest.perf.pmu.report()}
     if config.host.pml:
-        entries, useless = groups["pml"]["entries"], groups["pml"]["useless"]
+        entries = whole["pml"]["entries"]
         report["pml"] = {
             "entries": entries,
-            "full_exits": groups["exit"]["pml_full"],
-            "useless_ratio": useless / max(1, entries),
+            "full_exits": whole["exit"]["pml_full"],
+            "useless_ratio": whole["pml"]["useless"] / max(1, entries),
         }
     if heat is not None and config.fast_pages:
         report["hotness"] = score(heat, pages_in_fast(guest), config.fast_pages)

@@ -47,6 +47,9 @@ class VmMemory(NamedTuple):
     dirty: npt.NDArray[np.int64]
     """int64[2, words]: a bit a gPA page that was logged as dirty (PML). Row 0 since the last harvest, as KVM fills it;
     row 1 what that harvest took, for the host to read."""
+    pebs: npt.NDArray[np.int64]
+    """int64[words]: with ``host.pebs=shared`` the host's PEBS buffer, one memory for all VMs, an area a vCPU of the
+    fleet; otherwise empty."""
 
 
 def gpa_pages(total_pages: int) -> int:
@@ -63,7 +66,8 @@ def view_segment(buffer: memoryview | bytearray, total_pages: int) -> VmMemory:
     """The arrays of a segment laid over ``buffer`` (no copy)."""
     words = np.frombuffer(buffer, np.int64, segment_bytes(total_pages) // 8)
     n = gpa_pages(total_pages)
-    return VmMemory(words[:n], words[n : 2 * n], words[2 * n :].reshape(2, _bitmap_words(total_pages)))
+    none = np.zeros(0, np.int64)
+    return VmMemory(words[:n], words[n : 2 * n], words[2 * n :].reshape(2, _bitmap_words(total_pages)), none)
 
 
 def _bitmap_words(total_pages: int) -> int:

@@ -137,7 +137,7 @@ def guest_config(
 
 def start_fleet(config: GuestConfig, make_guest: Callable[..., Guest] = Guest) -> InProcessFleet:
     """One guest with its host, before the first message."""
-    host = HostConfig(costs=config.costs, engine=config.engine, sample_ps=config.sample_ps)
+    host = HostConfig(costs=config.costs, engine=config.engine, sample_ps=config.sample_ps, kernel=config.host)
     return InProcessFleet(host, [config], make_guest)
 
 

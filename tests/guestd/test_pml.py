@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from guestd.jit import kernel
 from guestd.pml import ENTRIES, FULL, Pml, flush_at_exit, has_dirty, log_dirty, new_pml, take_dirty
 from proto.arrays import Words
-from proto.config import HostKernel
+from proto.config import HostKernel, Scalar
 from proto.costs import Costs
 from proto.counters import C, Counters, new_counters
 from proto.entry import DIRTY, PRESENT
@@ -70,7 +70,7 @@ def bits(pml: Pml, row: int) -> set[int]:
 
 def test_a_guest_s_dirty_pages_are_exactly_those_that_were_logged(costs: Costs) -> None:
     """Whoever dirtied them: accesses, walks, the kernel that clears, migrates and swaps, records."""
-    params = {"epoch_ms": 2, "load_period": 7, "tau_split": 1, "initial": "ram", "fill_free": True}
+    params: dict[str, Scalar] = {"epoch_ms": 2, "load_period": 7, "tau_split": 1, "initial": "ram", "fill_free": True}
     guest, report = run_guest(guest_config(costs, "hyperplace", params, vcpus=2, host=HostKernel(pml=True)))
     machine = guest.machine
     logged = bitmap(machine, 0)
