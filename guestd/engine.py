@@ -57,8 +57,6 @@ or an EPT violation of a record); transactions done."""
 CHUNK = 128
 """Accesses per prefetch phase: their lines (three tables) fit the L1 cache of any machine."""
 
-_HUGE = (1 << TABLE_SHIFT << PAGE_SHIFT) - 1
-
 
 @inline
 def _prefetch_chunk(address: Words, start: int, end: int, gpt: Words, ept: Words, stamps: Words) -> None:
@@ -93,7 +91,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     counters, state, pml = m.counters, m.state, m.pml
     latency_ps, read_bytes, write_bytes, budget = m.latency_ps, m.read_bytes, m.write_bytes, m.budget
     owner, slow_frames, mlp, stlb_hit = state[S.OWNER], state[S.SLOW_FRAMES], state[S.MLP_Q8], state[S.STLB_HIT_PS]
-    sampling, logging = m.ds.params[PMU_ON] != 0, pml.params[PML_ON] != 0
+    pmu_on, logging = m.ds.params[PMU_ON], pml.params[PML_ON] != 0
 
     clock, position, length = field[CLOCK], field[POSITION], field[LENGTH]
     last_block = field[LAST_BLOCK]
@@ -217,9 +215,9 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
 
         if kind != STORE:
             loads += 1
-        if sampling:
-            gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
-            cost, service = sample(m.ds, pml, ept, field, vcpu, kind, clock, gva, slow, latency, False, counters)
+        if pmu_on != 0:
+            cost, service = sample(pmu_on, m.ds, pml, ept, field, vcpu, kind, clock, a, m.table_gva, slow, latency,
+                                   False, counters)  # fmt: skip
             clock += cost
             if service:
                 reason = PMI

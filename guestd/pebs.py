@@ -27,7 +27,7 @@ from proto.costs import Costs
 from proto.counters import C, Counters
 from proto.entry import ACCESSED, DIRTY, PRESENT
 from proto.trace import LOAD, STORE
-from proto.units import PAGE_SHIFT, PAGE_SIZE, PS_PER_NS
+from proto.units import PAGE_SHIFT, PAGE_SIZE, PS_PER_NS, TABLE_SHIFT
 
 RECORD = np.dtype(
     [
@@ -55,13 +55,15 @@ LOAD_LATENCY, FAST_MISS, SLOW_MISS, STORES = 0, 1, 2, 3
 EVENT_NAMES = ("load_latency", "fast_miss", "slow_miss", "stores")
 EVENTS = len(EVENT_NAMES)
 
+_LEAF_SHIFT = PAGE_SHIFT + TABLE_SHIFT
+"""A leaf table maps as many bytes, as a power of two."""
 COUNTED, RECORDED, DROPPED = 0, 1, 2
 """Columns of `DsArea.counts`: qualifying events (of load latency: tagged loads above the threshold), records, drops."""
 
 P_PERIOD = 0
 """Period of event 0; the others follow. 0 = off."""
 P_ON = EVENTS
-"""1 if any event is on."""
+"""The events that are on: bit 1 << event; 0 = the PMU is off."""
 P_THRESHOLD_PS = EVENTS + 1
 P_TAG_SPAN = EVENTS + 2
 """Twice the mean tag interval minus 1: the distance to the next tagged load is uniform in [1, span]."""
@@ -126,7 +128,7 @@ def program(ds: DsArea, sampling: Sampling) -> None:
     periods = (sampling.load_period, sampling.fast_miss_period, sampling.slow_miss_period, sampling.store_period)
     maximum = int(ds.params[P_MAXIMUM])
     ds.params[P_PERIOD : P_PERIOD + EVENTS] = periods
-    ds.params[P_ON] = any(periods)
+    ds.params[P_ON] = sum(1 << event for event, period in enumerate(periods) if period)
     ds.params[P_THRESHOLD_PS] = sampling.latency_threshold_ns * PS_PER_NS
     ds.params[P_INTERRUPT] = max(1, maximum - LARGE_PEBS_RESERVE) if sampling.large else 1
     ds.counter[:] = -np.array(periods, np.int64)
@@ -185,19 +187,20 @@ def _write_record(
 
 @inline
 def sample(
-    ds: DsArea, pml: Pml, ept: Words, field: Words, vcpu: int, kind: int, clock: int, gva: int, slow: int,
-    latency_ps: int, llc_hit: bool, counters: Counters,
+    on: int, ds: DsArea, pml: Pml, ept: Words, field: Words, vcpu: int, kind: int, clock: int, address: int,
+    table_gva: Words, slow: int, latency_ps: int, llc_hit: bool, counters: Counters,
 ) -> tuple[int, bool]:  # fmt: skip
     """The PMU after one access: (what its records cost the vCPU in ps, whether it wants service now).
 
-    For a PMU that is on. ``field``: the vCPU's row; ``kind``: LOAD, STORE or MODIFY; ``clock``: after the access, ps;
-    ``slow``: tier that served it; ``latency_ps``: as the load saw it, walk included; ``llc_hit``: it missed no LLC.
-    Service is a PMI, or the fault of a record (`violations`).
+    For a PMU that is on. ``on``: `P_ON`, which the caller keeps in a register; ``field``: the vCPU's row; ``kind``:
+    LOAD, STORE or MODIFY; ``clock``: after the access, ps; ``address``: dense byte address; ``slow``: tier that served
+    it; ``latency_ps``: as the load saw it, walk included; ``llc_hit``: it missed no LLC. Service is a PMI, or the fault
+    of a record (`violations`).
     """
     params = ds.params
     fired = 0
     if kind != STORE:
-        if params[P_PERIOD + LOAD_LATENCY] > 0:
+        if on & (1 << LOAD_LATENCY):
             field[TAG_LEFT] -= 1
             if field[TAG_LEFT] <= 0:
                 field[RANDOM] = (field[RANDOM] * 1103515245 + 12345) & 0x7FFFFFFF
@@ -205,13 +208,14 @@ def sample(
                 if latency_ps >= params[P_THRESHOLD_PS]:
                     fired |= _count(ds, vcpu, LOAD_LATENCY)
         miss = FAST_MISS + slow
-        if not llc_hit and params[P_PERIOD + miss] > 0:
+        if not llc_hit and (on >> miss) & 1:
             fired |= _count(ds, vcpu, miss)
-    if kind != LOAD and params[P_PERIOD + STORES] > 0:
+    if kind != LOAD and on & (1 << STORES):
         fired |= _count(ds, vcpu, STORES)
     cost_ps = 0
     service = False
     if fired != 0:
+        gva = table_gva[address >> _LEAF_SHIFT] + (address & ((1 << _LEAF_SHIFT) - 1))
         for event in range(EVENTS):
             if (fired >> event) & 1:
                 exit_ps = _write_record(

@@ -42,10 +42,10 @@ def sampled(costs: Costs, sampling: Sampling, pages: int = 8, **changes: object)
 
 def warm_up(machine: Machine, pages: int) -> None:
     """Touch every page, unsampled, so that from here on a latency is that of the tier and a TLB hit."""
-    machine.ds.params[pebs.P_ON] = 0
+    on, machine.ds.params[pebs.P_ON] = machine.ds.params[pebs.P_ON], 0
     touch_pages(machine, 0, list(range(pages)), MODIFY)
     run(machine)
-    machine.ds.params[pebs.P_ON] = 1
+    machine.ds.params[pebs.P_ON] = on
     machine.counters[:] = 0
 
 
@@ -92,7 +92,6 @@ def test_records_are_the_events_over_the_period_less_the_drops(
     loads, fast, slow, stores = periods
     sampling = Sampling(loads, 150, stores, fast, slow, groups=groups)
     machine = sampled(costs, sampling)
-    machine.ds.params[pebs.P_ON] = any(periods)
     touch_pages(machine, 0, [page for page, _ in accesses])
     machine.vcpus.kind[0, : len(accesses)] = [kind for _, kind in accesses]
     while run(machine) == PMI:
