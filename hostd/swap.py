@@ -20,7 +20,7 @@ from proto.layout import VmMemory
 from proto.units import PS_PER_S
 
 CLUSTER = 32
-"""Pages looked at before the thread counts its time (SWAP_CLUSTER_MAX)."""
+"""Pages looked at in a row (SWAP_CLUSTER_MAX)."""
 
 
 @metered
@@ -63,7 +63,7 @@ class Swap:
     ``content``: int64[gpa_pages], the stamp of each page in the area; ``away``: uint8[gpa_pages], 1 for those pages.
     """
 
-    def __init__(self, memory: VmMemory, nodes: Nodes, pages_per_s: int, view: HostView) -> None:
+    def __init__(self, memory: VmMemory, nodes: Nodes, pages_per_s: int, start_ps: int, view: HostView) -> None:
         self.content: Words = np.zeros(memory.ept.size, np.int64)
         self.away: Bytes = np.zeros(memory.ept.size, np.uint8)
         self.scanned_pages = 0
@@ -72,13 +72,12 @@ class Swap:
         self._ept: Entries = memory.ept
         self._stamps = memory.stamps
         self._nodes = nodes
-        self._rate = pages_per_s
         self.view = view
         self._hand = 0
-        self._credit = 0
-        """Pages that may be looked at, times PS_PER_S."""
-        self._free_at_ps = 0
-        """When the thread is through with what it began."""
+        self._pages = np.empty(CLUSTER, np.int64)
+        self._period_ps = max(1, CLUSTER * PS_PER_S // pages_per_s)
+        self._next_ps = start_ps
+        """When the next cluster is due; the thread paces itself, so that the quantum does not pace its flushes."""
         self._unmapped: list[tuple[Words, Words]] = []
         """Unmappings to come: (times, gPA pages), each in order of time."""
 
@@ -100,23 +99,22 @@ class Swap:
         self._unmapped = left
 
     def run(self, now_ps: int, until_ps: int) -> None:
-        """Look at what the rate allows, or the thread has time for, in the quantum to come."""
-        meter, quantum = self.meter, self._rate * (until_ps - now_ps)
-        # What the thread had no time for is not made up for.
-        self._credit = min(self._credit, PS_PER_S) + quantum
-        meter.now = max(now_ps, self._free_at_ps)
-        while self._credit >= PS_PER_S and meter.now < until_ps:
-            pages = np.empty(min(CLUSTER, self._credit // PS_PER_S), np.int64)
-            found, self._hand = _advance_hand(meter.book, self._ept, self._nodes, self._hand, pages)
-            if found == 0:
-                break
-            self._credit -= found * PS_PER_S
-            self.scanned_pages += found
-            young = self.view.test_and_clear_young(pages[:found])
-            cold = pages[:found][~young]
-            if cold.size:
-                self._unmapped.append((self.view.unmap(cold, self.view.costs.swap_out_ps), cold))
-        self._free_at_ps = meter.now
+        """Look at the clusters that are due in the quantum to come, or those of them that the thread has time for."""
+        meter = self.meter
+        while self._next_ps < until_ps:
+            meter.now = max(now_ps, self._next_ps)
+            found, self._hand = _advance_hand(meter.book, self._ept, self._nodes, self._hand, self._pages)
+            if found:
+                self._look_at(self._pages[:found].copy())
+            # What it had no time for is not made up for.
+            self._next_ps = max(self._next_ps + self._period_ps, meter.now)
+
+    def _look_at(self, pages: Words) -> None:
+        """Spare those that were accessed, and swap out the others."""
+        self.scanned_pages += pages.size
+        cold = pages[~self.view.test_and_clear_young(pages)]
+        if cold.size:
+            self._unmapped.append((self.view.unmap(cold, self.view.costs.swap_out_ps), cold))
 
     def report(self) -> dict[str, float]:
         """`swap` of a VM in summary.json."""

@@ -123,7 +123,7 @@ class Vm:
         host = config.host
         # Pinned pages are never swapped.
         if host.swap_pages_per_s and not host.populate:
-            self.swap = Swap(memory, self.nodes, host.swap_pages_per_s, self._thread_view())
+            self.swap = Swap(memory, self.nodes, host.swap_pages_per_s, config.start_ps, self._thread_view())
         if host.pml and host.pml_harvest_ps:
             self.dirty_log = DirtyLog(host.pml_harvest_ps, launch_ps(config), self._thread_view())
         self._threads = [thread for thread in (self.swap, self.dirty_log) if thread is not None]
