@@ -70,7 +70,7 @@ def run(
     fast_ratio: Annotated[str | None, typer.Option(metavar="R", help="Share of it that is fast [0.2]")] = None,
     seconds: Annotated[str | None, typer.Option(metavar="S", help="Virtual time of the run phase [10]")] = None,
     transactions: Annotated[str | None, typer.Option(metavar="N", help="Or its length in accesses, per VM")] = None,
-    scale: Annotated[str | None, typer.Option(metavar="F", help="Factor on memory, LLC, transactions [1]")] = None,
+    scale: Annotated[str | None, typer.Option(metavar="F", help="Factor on memory, caches, transactions [1]")] = None,
     seed: Annotated[str | None, typer.Option(metavar="K", help="Seed of all randomness [1]")] = None,
     setting: Annotated[
         list[str] | None,

@@ -61,10 +61,12 @@ def policies_page(policies: Sequence[Policy] = BUILT_IN) -> str:
 
 
 def _section(policy: Policy) -> str:
+    share = [] if policy.fast_share is None else [f"- fast share of memory: {policy.fast_share}, whatever the run says"]
     parts = [
         f"\n## {policy.name}\n",
         f"{policy.summary}. Source: {policy.source}.\n",
         f"- view: {_VIEWS[policy.view]}",
+        *share,
         *(f"- {stage}: {what}" for stage, what in policy.stages.items() if what != "-"),
         "",
     ]

@@ -61,7 +61,7 @@ class Experiment:
     host_kernel: HostKernel
     costs: Costs
     scale: Fraction
-    """Factor on every memory size, the LLC's too, and on transaction counts."""
+    """Factor on every memory size, those of L2 and LLC too, and on transaction counts."""
     engine: EngineConfig
     sample_ps: int
     hang_timeout_s: float
@@ -83,7 +83,7 @@ class Experiment:
     def host_config(self, log_path: Path | str = "") -> HostConfig:
         """What the host process needs to know."""
         return HostConfig(
-            costs=msgspec.structs.replace(self.costs, llc_bytes=max(1, int(self.costs.llc_bytes * self.scale))),
+            costs=self._scaled_costs(),
             engine=self.engine,
             sample_ps=self.sample_ps,
             kernel=self.host_kernel,
@@ -99,6 +99,11 @@ class Experiment:
     def digest(self) -> str:
         """SHA-256 of everything that says what is run, as ``sha256:...``: not the name, and files by their content."""
         return "sha256:" + hashlib.sha256(json.dumps(_canonical(self), sort_keys=True).encode()).hexdigest()
+
+    def _scaled_costs(self) -> Costs:
+        """Caches shrink with the memory that they are in front of: what share of it they hold stays."""
+        sizes = {name: max(1, int(getattr(self.costs, name) * self.scale)) for name in ("l2_bytes", "llc_bytes")}
+        return msgspec.structs.replace(self.costs, **sizes)
 
     def _guest(
         self, vm: int, tenant: Tenant, vcpu_range: tuple[int, int], log_path: str, events_path: str
@@ -126,7 +131,7 @@ class Experiment:
             engine=self.engine,
             kernel=tenant.kernel,
             host=self.host_kernel,
-            costs=self.costs,
+            costs=self._scaled_costs(),
             log_path=log_path,
             events_path=events_path,
         )

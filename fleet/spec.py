@@ -65,6 +65,8 @@ class PolicyKind(Kind, Protocol):
 
     @property
     def view(self) -> str: ...
+    @property
+    def fast_share(self) -> Fraction | None: ...
 
 
 K = TypeVar("K", bound=Kind)
@@ -228,7 +230,7 @@ class _Resolver:
             workload_params=workload_params,
             vcpus=integer(values["vcpus"], 1, MAX_VCPUS),
             memory_bytes=memory,
-            fast_ratio=ratio,
+            fast_ratio=ratio if policy.fast_share is None else policy.fast_share,
             start_ps=_bounded_time(values["start"], 0, MAX_TIME_PS),
             run_ps=run_ps,
             transactions=transactions,

@@ -6,6 +6,7 @@ entry point in the group ``tierfleet.policies`` that names such an object.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -100,3 +101,6 @@ class Policy:
     """Parameters with which each mechanism acts within milliseconds, for compiling it before a run."""
     places_by_heat: bool = False
     """First touch puts the workload's truly hot pages on the fast node (the oracle)."""
+    fast_share: Fraction | None = None
+    """Share of a VM's memory that is fast, in place of the run's `fast_ratio`; None = as the run says. At 1 (0) the VM
+    has its whole size in the fast (slow) tier, and no page can be anywhere else."""

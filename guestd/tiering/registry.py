@@ -3,11 +3,11 @@
 from functools import cache
 from importlib.metadata import entry_points
 
-from guestd.tiering import hyperplace, none, oracle, tpp
+from guestd.tiering import bounds, hyperplace, none, oracle, tpp
 from guestd.tiering.policy import PluginError, Policy
 
 GROUP = "tierfleet.policies"
-BUILT_IN = (none.POLICY, oracle.POLICY, tpp.G_TPP, tpp.H_TPP, hyperplace.POLICY)
+BUILT_IN = (none.POLICY, bounds.ALL_SLOW, bounds.ALL_FAST, oracle.POLICY, tpp.G_TPP, tpp.H_TPP, hyperplace.POLICY)
 
 
 @cache

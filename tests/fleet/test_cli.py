@@ -102,7 +102,7 @@ def test_hosts_are_listed_and_shown_with_their_evidence(capsys: pytest.CaptureFi
 
 def test_policies_are_listed_with_view_stages_and_source(capsys: pytest.CaptureFixture[str]) -> None:
     known = Outcome(capsys, "policies", "--json").json
-    assert {"none", "oracle", "g-tpp", "h-tpp", "hyperplace"} <= set(known)
+    assert {"none", "all-fast", "all-slow", "oracle", "g-tpp", "h-tpp", "hyperplace"} <= set(known)
     assert (known["g-tpp"]["view"], known["h-tpp"]["view"]) == ("guest", "host")
     table = Outcome(capsys, "policies").out
     for name, policy in known.items():

@@ -21,6 +21,7 @@ class Kind:
     params: tuple[Param, ...] = ()
     min_memory_bytes = 0
     view = "-"
+    fast_share = None
 
 
 def guest() -> GuestConfig:

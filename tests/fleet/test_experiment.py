@@ -22,12 +22,14 @@ def test_seeds_are_distinct_and_fit_a_signed_word(seed: int) -> None:
     assert all(0 <= one < 1 << 63 for one in seeds)
 
 
-def test_scale_applies_to_the_llc_of_the_host_and_not_to_its_profile(experiment: Experiment) -> None:
-    half = dataclasses.replace(experiment, scale=Fraction(1, 3))
-    whole = experiment.costs.llc_bytes
-    assert experiment.host_config().costs.llc_bytes == whole
-    assert half.host_config().costs.llc_bytes == whole // 3
-    assert f"llc_bytes = {whole}" in half.to_toml()
+def test_scale_applies_to_caches_in_use_and_not_to_the_profile(experiment: Experiment) -> None:
+    third = dataclasses.replace(experiment, scale=Fraction(1, 3))
+    whole = experiment.costs
+    assert experiment.host_config().costs == whole
+    for costs in (third.host_config().costs, third.guests()[0].costs):
+        assert (costs.l2_bytes, costs.llc_bytes) == (whole.l2_bytes // 3, whole.llc_bytes // 3)
+        assert (costs.stlb_entries, costs.invept_ps) == (whole.stlb_entries, whole.invept_ps)
+    assert f"llc_bytes = {whole.llc_bytes}" in third.to_toml()
 
 
 def test_scale_applies_to_memory_and_transactions() -> None:

@@ -32,6 +32,7 @@ class Kind:
     params: tuple[Param, ...] = ()
     min_memory_bytes: int = 16 << 20
     view: str = "guest"
+    fast_share: Fraction | None = None
 
 
 SCAN = Param("scan_period", 1000, "ms", "time between two scans", "test", minimum=10, maximum=60_000)
@@ -46,6 +47,7 @@ REGISTRIES = Registries(
         "g-tpp": Kind((SCAN, BATCH)),
         "hyperplace": Kind((SCAN, QUIET, SHARE), 64 << 20),
         "h-tpp": Kind(view="host"),
+        "all-fast": Kind(view="-", fast_share=Fraction(1)),
     },
     {"gups": Kind((LAYOUT, SHARE)), "trace": Kind((FILE,))},
 )
@@ -321,6 +323,15 @@ def test_the_resolved_spec_does_not_need_the_profile_it_came_from(tmp_path: Path
     other = make(path=path, host="sapphire-rapids-ddr5-cxl")
     assert other.costs.slow.name == "CXL.mem"
     assert other.costs.invept_ps == 1_000_000
+
+
+def test_a_policy_may_say_how_much_of_memory_is_fast(tmp_path: Path) -> None:
+    assert [guest.fast_pages for guest in make(policy="all-fast", fast_ratio=0.25).guests()] == [131_072]
+    resolved = make(policy="all-fast")
+    assert resolved.tenants[0].fast_ratio == 1
+    assert make(path=spec_file(tmp_path, resolved.to_toml())) == resolved
+    # The policy's share is not the run's: another policy has the ratio that was asked for.
+    assert make(policy="none", fast_ratio=0.25).guests()[0].fast_pages == 131_072 // 4
 
 
 sizes = st.integers(8, 4096).map(lambda steps: f"{2 * steps}MiB")

@@ -8,7 +8,7 @@ import pytest
 from guestd.tiering import registry
 from guestd.tiering.policy import PluginError, Policy
 
-BUILT_IN = {"none", "oracle", "g-tpp", "h-tpp", "hyperplace"}
+BUILT_IN = {"none", "all-fast", "all-slow", "oracle", "g-tpp", "h-tpp", "hyperplace"}
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def test_the_built_in_ones_are_there_under_their_own_names() -> None:
     found = registry.policies()
     assert set(found) >= BUILT_IN
     assert all(name == policy.name for name, policy in found.items())
-    assert {found[name].view for name in ("none", "oracle")} == {"-"}
+    assert {found[name].view for name in ("none", "all-fast", "all-slow", "oracle")} == {"-"}
 
 
 STRANGER = Policy("stranger", "from elsewhere", "guest", {}, "a test")
