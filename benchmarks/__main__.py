@@ -10,7 +10,7 @@ from benchmarks.figures import print_figures, to_builtins
 from fleet.numba_cache import cache_directory
 from fleet.provenance import library_versions
 
-NAMES = ("engine", "workloads", "fleet_start", "hypercall")
+NAMES = ("engine", "mechanisms", "workloads", "fleet_start", "hypercall")
 
 
 def main() -> None:

@@ -56,12 +56,12 @@ def _gather(address: Words, gpt: Words, ept: Words, stamps: Words) -> int:
     return total
 
 
-class _Subject:
+class Subject:
     """A populated guest and the ways to drive its tables. Each way returns (accesses, CPU-seconds, wall seconds)."""
 
-    def __init__(self, memory: str, settings: tuple[str, ...]) -> None:
+    def __init__(self, memory: str, settings: tuple[str, ...], policy: str = "none", vcpus: int = 1) -> None:
         # Longer than any measurement; the run is left, not finished.
-        flags = {"policy": "none", "workload": "gups", "memory": memory, "vcpus": 1, "seconds": 100_000}
+        flags = {"policy": policy, "workload": "gups", "memory": memory, "vcpus": vcpus, "seconds": 100_000}
         experiment = load(None, flags, settings)
         self.fleet = InProcessFleet(experiment.host_config(), experiment.guests(), make_memory=shared_memory)
         self.guest: Guest = self.fleet.guests[0]
@@ -110,14 +110,14 @@ def run(quick: bool) -> Iterator[Figure]:
     """All figures of the engine; ``quick``: small guests only, fewer repetitions."""
     repetitions, accesses = (3, 2_000_000) if quick else (7, 8_000_000)
     progress("engine: loading kernels (compiling them takes a minute the first time)")
-    _Subject("64MiB", ()).gather(BUFFER)
+    Subject("64MiB", ()).gather(BUFFER)
     for size in QUICK_SIZES if quick else SIZES:
         for mix, settings in MIXES.items():
             progress(f"engine: {size} {mix}")
-            yield from _compare(f"{size} {mix}", _Subject(size, settings), repetitions, accesses)
+            yield from _compare(f"{size} {mix}", Subject(size, settings), repetitions, accesses)
 
 
-def _compare(label: str, subject: _Subject, repetitions: int, accesses: int) -> Iterator[Figure]:
+def _compare(label: str, subject: Subject, repetitions: int, accesses: int) -> Iterator[Figure]:
     ways: dict[str, Callable[[int], tuple[int, float, float]]] = {
         "engine": subject.engine,
         "bare gather": subject.gather,
