@@ -63,7 +63,7 @@ def test_the_help_imports_no_heavy_library() -> None:
         (("run", "--memory", "512 Mebi"), "is not a size"),
         (("run", "nowhere.toml"), "no spec file 'nowhere.toml'"),
         (("run", "--set", "workload.layout=scatterd"), "did you mean 'scattered'"),
-        (("run", "--vms", "60000", "--memory", "512GiB"), "this machine cannot hold the run"),
+        (("run", "--vms", "60000", "--memory", "500GiB"), "this machine cannot hold the run"),
         (("policies", "gtpp"), "did you mean 'g-tpp'"),
         (("workloads", "gupps"), "did you mean 'gups'"),
         (("hosts", "show", "xeon-8360y-optan"), "did you mean 'xeon-8360y-optane'"),
@@ -124,10 +124,10 @@ def test_workloads_are_listed_with_their_parameters(capsys: pytest.CaptureFixtur
 def test_the_doctor_says_the_same_in_json_and_in_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     well = Outcome(capsys, "doctor", "--vms", "1", "--memory", "16MiB", "--json")
     assert (well.code, well.json["ok"]) == (0, True)
-    ill = Outcome(capsys, "doctor", "--vms", "100000", "--memory", "512GiB", "--json")
+    ill = Outcome(capsys, "doctor", "--vms", "100000", "--memory", "500GiB", "--json")
     assert (ill.code, ill.json["ok"]) == (1, False)
     assert any(not check["ok"] and check["fix"] for check in ill.json["checks"])
-    assert "fix memory: " in Outcome(capsys, "doctor", "--vms", "100000", "--memory", "512GiB").out
+    assert "fix memory: " in Outcome(capsys, "doctor", "--vms", "100000", "--memory", "500GiB").out
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
