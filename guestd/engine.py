@@ -3,10 +3,10 @@
 One access: TLB lookup; on a miss (or a first write through a clean entry) a walk that sets A and D bits in GPT and EPT
 and fills the TLB; then the frame itself, whose content stamp is checked and, on a write, bumped; then its cost: the
 tier's, or that of the LLC where the workload says that it hits there. The loop is exact and in order; what makes it
-fast on a large footprint is that each chunk of accesses is first walked through by software prefetches in phases (GPT
-entries, EPT entries, stamps), which change nothing but the caches of the machine (architecture 5). vCPUs take turns in
-slices of fixed virtual time; host operations cut slices at their own
-timestamps. The engine returns whenever something outside it must act: accesses to be generated, a fault, a PMI.
+fast on a large footprint is that software prefetches run ahead of it in three steps (GPT entry, EPT entry, stamp),
+which change nothing but the caches of the machine (architecture 5). vCPUs take turns in slices of fixed virtual time;
+host operations cut slices at their own timestamps. The engine returns whenever something outside it must act: accesses
+to be generated, a fault, a PMI.
 """
 
 import numpy as np
@@ -80,17 +80,21 @@ REACHED, NEED_ACCESSES, FAULT, PMI, COMPLETED = 0, 1, 2, 3, 4
 """Why the engine returned: time reached; vCPU has no accesses left; its next access faults; its PMU wants service (PMI
 or an EPT violation of a record); transactions done."""
 
-CHUNK = 64
-"""Accesses per prefetch phase: their lines (three tables) leave room in the L1 cache for the vCPU's own."""
+CHUNK = 4
+"""Accesses whose lines are asked for at a time: three tables' fit the fill buffers of a core."""
 
 
 @inline
-def _prefetch_chunk(address: Words, start: int, end: int, gpt: Words, ept: Words, stamps: Words) -> None:
-    for i in range(start, end):
+def _prefetch(address: Words, start: int, at: int, end: int, gpt: Words, ept: Words, stamps: Words) -> None:
+    """Ask for the stamps of the chunk ``at``, the EPT entries of the next and the GPT entries of the one after that.
+
+    Each is looked up through what was asked for a chunk ago, so that nothing waits. Only [start, end) is looked at.
+    """
+    for i in range(max(start, at + 2 * CHUNK), min(at + 3 * CHUNK, end)):
         prefetch(gpt, address[i] >> PAGE_SHIFT)
-    for i in range(start, end):
+    for i in range(max(start, at + CHUNK), min(at + 2 * CHUNK, end)):
         prefetch(ept, (gpt[address[i] >> PAGE_SHIFT] & FRAME_MASK) >> FRAME_SHIFT)
-    for i in range(start, end):
+    for i in range(max(start, at), min(at + CHUNK, end)):
         gpfn = (gpt[address[i] >> PAGE_SHIFT] & FRAME_MASK) >> FRAME_SHIFT
         prefetch(stamps, (ept[gpfn] & FRAME_MASK) >> FRAME_SHIFT)
 
@@ -152,7 +156,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     clock, start, length = field[CLOCK], field[POSITION], field[LENGTH]
     last_block, last_written, left = field[LAST_BLOCK], field[LAST_WRITTEN], state[S.LEFT]
     end = min(length, start + left) if left >= 0 else length
-    began, position, prefetched = clock, start, start
+    began, position, prefetched = clock, start, start - 2 * CHUNK
     thought = elsewhere = 0
     slow_total = stores = plain_stores = llc_hits = stlb_hits = misses = assists = retried = refs = walk_total = bad = 0
     reason = REACHED
@@ -160,9 +164,9 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
         if position == end:
             reason = NEED_ACCESSES if left != position - start else COMPLETED
             break
-        if position == prefetched:
-            prefetched = min(end, position + CHUNK)
-            _prefetch_chunk(address, position, prefetched, gpt, ept, stamps)
+        while prefetched <= position + CHUNK:
+            _prefetch(address, start, prefetched, end, gpt, ept, stamps)
+            prefetched += CHUNK
 
         assume(position >= 0)
         a = address[position]

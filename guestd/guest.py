@@ -90,6 +90,9 @@ class Guest:
         params = resolve(self.policy.params, config.policy_params)
         self.workload = workloads()[config.workload].create(config)
         host_side = self.policy.view == "host"
+        host = config.host
+        self._host_scans = host_side or host.swap_pages_per_s > 0 or host.thp != "never"
+        """Something in the host looks at the EPT between barriers, and need not say so in an operation."""
         total = config.total_pages
         # A host-side design's guest sees one flat node; the host moves frames behind it.
         self.nodes = new_nodes(total, total if host_side else config.fast_pages, 0 if host_side else config.slow_pages)
@@ -196,7 +199,8 @@ class Guest:
         self.workload.set_llc(
             price_walks(machine.price, self.config.costs, used, message.llc_bytes, machine.latency_ps)
         )
-        ept_changed(machine)
+        if self._host_scans:
+            ept_changed(machine)
         operations = np.frombuffer(message.operations, OPERATION)
         while self.now < until and not self.finished:
             target = min(until, self._timers[0][0] if self._timers else FOREVER)
