@@ -204,12 +204,14 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
                 reason = FAULT
                 break
             if again != 0:
-                # Each fault that the access took had cost a walk of its own, of which this one finds the traces.
+                # Each fault that the access took had cost a walk of its own, of which this one finds the traces. It
+                # overlapped with nothing, and is no part of the latency of the access that was made at last.
                 retried += again
                 refs += again * (walked >> REFS_SHIFT)
-                walk_ps = again * (walked & COST_MASK)
+                walk_total += again * (walked & COST_MASK)
+                clock += again * (walked & COST_MASK)
             refs += walked >> REFS_SHIFT
-            walk_ps += walked & COST_MASK
+            walk_ps = walked & COST_MASK
             walk_total += walk_ps
             bits = ACCESSED | DIRTY if write else ACCESSED
             if (upper[table] & HUGE) != 0:
@@ -232,6 +234,11 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
                 assists += 1
                 renew(tlb, geometry, page, table, context, frame, TLB_DIRTY if write else 0)
 
+        if again != 0:
+            retries[position] = 0
+            lost = _serve_faults(m, vcpu, position, clock, gpfn)
+            clock += lost
+            elsewhere += lost
         assume(frame >= 0)
         slow = 1 if frame >= slow_frames else 0
         local = 1 if (a >> 8) == last_block else 0
@@ -243,12 +250,6 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             elsewhere += lost
             ledger[THROTTLE] += lost
             break
-        if again != 0:
-            retries[position] = 0
-            lost = _serve_faults(m, vcpu, position, clock, gpfn)
-            clock += lost
-            elsewhere += lost
-
         stamp = stamps[frame]
         if stamp != (owner | (page << STAMP_PAGE_SHIFT) | ((g >> ENTRY_VERSION_SHIFT) & STAMP_VERSION_MASK)):
             bad += 1

@@ -10,7 +10,7 @@ touches guest-physical mappings.
 
 import numpy as np
 
-from guestd.instructions import invlpg_everywhere, mov_cr3_everywhere
+from guestd.instructions import invlpg_everywhere, mov_cr3, mov_cr3_everywhere
 from guestd.machine import Machine, S
 from guestd.meter import Meter
 from guestd.vcpu import (
@@ -88,7 +88,8 @@ class TlbFlush:
             running &= ~preempted
             self._leave_to_kvm(np.flatnonzero(preempted))
         elif preempted.any():
-            self._meter.charge(max(self._back_at(int(vcpu), now) for vcpu in np.flatnonzero(preempted)) - now)
+            back_at = max(self._back_at(int(vcpu), now) for vcpu in np.flatnonzero(preempted))
+            self._meter.charge(max(0, back_at - now))
         targets = np.flatnonzero(running)
         if targets.size:
             self._meter.charge(requests * (costs.shootdown_base_ps + costs.shootdown_target_ps * targets.size))
@@ -101,6 +102,8 @@ class TlbFlush:
         vcpus = self._machine.vcpus
         due = lazy[vcpus.field[lazy, LAZY_FLUSHED] != vcpus.field[lazy, KTHREAD_END]]
         vcpus.field[due, LAZY_FLUSHED] = vcpus.field[due, KTHREAD_END]
+        for vcpu in due.tolist():
+            mov_cr3(vcpus, vcpu, self._machine.walk_geometry)
         book(vcpus, due, INTERRUPT, self._costs.cr3_flush_ps)
         self._machine.counters[C.instr__mov_cr3] += due.size
 

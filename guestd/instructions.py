@@ -97,6 +97,17 @@ def _drop_way_up(vcpus: Vcpus, vcpu: int, geometry: WalkGeometry, tables: PageTa
             number = tables.parent[number]
 
 
+@kernel
+def _drop_page(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, tables: PageTables, page: int,
+               chosen: int) -> None:  # fmt: skip
+    """Drop what translates ``page``; any part of a fractured page may be one of its parts, and then all must go."""
+    if vcpus.field[vcpu, FRACTURED] == 1:
+        drop_combined(vcpus, vcpu, geometry, chosen)
+    else:
+        drop_address(vcpus, vcpu, tlb, page, chosen)
+        _drop_way_up(vcpus, vcpu, geometry, tables, page, chosen)
+
+
 @inline
 def _current(vcpus: Vcpus, vcpu: int, pcid: int) -> int:
     """Contexts of the current VPID with that PCID (or ANY)."""
@@ -111,7 +122,6 @@ def invlpg(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, pa
     own = _current(vcpus, vcpu, pcid)
     if vcpus.field[vcpu, FRACTURED] == 1:
         drop_combined(vcpus, vcpu, geometry, _current(vcpus, vcpu, ANY))
-        vcpus.field[vcpu, FRACTURED] = 0
     else:
         drop_address(vcpus, vcpu, tlb, page, own | _current(vcpus, vcpu, GLOBAL))
         _drop_contexts(vcpus.walk_tag[vcpu], geometry.guest_slots, own, select(vcpus.context[vcpu], ANY, ANY, ANY))
@@ -129,9 +139,7 @@ def invpcid(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, t
             pcid: int, page: int) -> None:  # fmt: skip
     """INVPCID of type ``kind``: 0 a page of a PCID, 1 all of a PCID, 2 everything with global pages, 3 without."""
     if kind == 0:
-        chosen = _current(vcpus, vcpu, pcid)
-        drop_address(vcpus, vcpu, tlb, page, chosen)
-        _drop_way_up(vcpus, vcpu, geometry, tables, page, chosen)
+        _drop_page(vcpus, vcpu, tlb, geometry, tables, page, _current(vcpus, vcpu, pcid))
     elif kind == 1:
         drop_combined(vcpus, vcpu, geometry, _current(vcpus, vcpu, pcid))
     elif kind == 2:
@@ -146,9 +154,7 @@ def invvpid(vcpus: Vcpus, vcpu: int, tlb: TlbGeometry, geometry: WalkGeometry, t
     """INVVPID of type ``kind``: 0 an address of a VPID, 1 all of a VPID, 2 everything, 3 a VPID but global pages."""
     context = vcpus.context[vcpu]
     if kind == 0:
-        chosen = select(context, ANY, vpid, ANY)
-        drop_address(vcpus, vcpu, tlb, page, chosen)
-        _drop_way_up(vcpus, vcpu, geometry, tables, page, chosen)
+        _drop_page(vcpus, vcpu, tlb, geometry, tables, page, select(context, ANY, vpid, ANY))
     elif kind == 1:
         drop_combined(vcpus, vcpu, geometry, select(context, ANY, vpid, ANY))
     elif kind == 2:

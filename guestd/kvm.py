@@ -17,7 +17,7 @@ from guestd.machine import Machine, S
 from guestd.mmu_lock import hold, wait_for
 from guestd.pml import P_ON as PML_ON
 from guestd.pml import flush_log, has_dirty, take_dirty
-from guestd.vcpu import EXIT_END, EXIT_START, FLUSH_AT_ENTRY, HOST_TASK, IDLE, KICK, PML_FULL, spend
+from guestd.vcpu import EXIT_END, EXIT_START, FLUSH_AT_ENTRY, HOST_TASK, IDLE, KICK, OFF_PCPU, PML_FULL, spend
 from proto.arrays import Words
 from proto.counters import C
 from proto.entry import (
@@ -64,7 +64,7 @@ def request_flush(m: Machine, now: int) -> None:
     kicked = False
     for vcpu in range(m.vcpus.field.shape[0]):
         field = m.vcpus.field[vcpu]
-        outside = field[IDLE] == 1 or (field[EXIT_START] <= now < field[EXIT_END])
+        outside = field[IDLE] == 1 or field[OFF_PCPU] == 1 or (field[EXIT_START] <= now < field[EXIT_END])
         if outside:
             if field[FLUSH_AT_ENTRY] == 1:
                 continue
@@ -181,9 +181,11 @@ def apply_operation(m: Machine, operation: Any) -> None:
     zapped = 0
     if kind == OP_STALL:
         field = m.vcpus.field[operation.a]
-        # It may still be in an exit that it left late.
-        end = max(field[EXIT_END], now + operation.b)
-        leave_guest(field, now, end - now)
+        if field[EXIT_START] <= now < field[EXIT_END]:
+            # Still in an exit: one longer exit, with one entry.
+            field[EXIT_END] = max(field[EXIT_END], now + operation.b)
+        else:
+            leave_guest(field, now, operation.b)
         spend(m.vcpus, operation.a, HOST_TASK, operation.b)
         m.counters[C.exit__host_task] += 1
     elif kind == OP_ZAP:

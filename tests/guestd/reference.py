@@ -195,7 +195,8 @@ class Reference:
             cpu.mmu.renew(page, frame_of(host))
         else:
             cpu.mmu.fill(page, frame_of(host), write, guest_huge, ept_huge)
-        return frame_of(host), walks * sum(refs)
+        cpu.spend("stall", access.retries * sum(refs))
+        return frame_of(host), sum(refs)
 
     def _access(self, cpu: ReferenceVcpu) -> int:
         """The next access of ``cpu``'s queue; REACHED, or why it (or the next) can't be made."""
@@ -206,6 +207,8 @@ class Reference:
         if translated is None:
             return FAULT
         slot, walk_ps = translated
+        if access.retries:
+            self._serve_faults(cpu, access, frame_of(self.gpt[page]))
         mlp = self.state[S.MLP_Q8]
         slow = int(slot >= self.tables.slow_frames)
         local = int(access.address // 256 == cpu.last_block)
@@ -214,8 +217,6 @@ class Reference:
             cpu.spend("throttle", max(0, self.end_ps - cpu.clock))
             return REACHED
         del cpu.queue[0]
-        if access.retries:
-            self._serve_faults(cpu, access, frame_of(self.gpt[page]))
         version = self.gpt[page] >> ENTRY_VERSION_SHIFT & STAMP_VERSION_MASK
         stamp = self.stamps[slot]
         self.counters["integrity__mismatches"] += stamp != self.state[S.OWNER] | page << STAMP_PAGE_SHIFT | version
@@ -278,6 +279,7 @@ class Reference:
         self.ept[gpfn] |= ACCESSED | DIRTY
 
     def _serve_faults(self, cpu: ReferenceVcpu, access: Access, gpfn: int) -> None:
+        access.retries = 0
         cpu.spend(PARTS[access.fault_part], access.fault_ps)
         if not access.exit_ps:
             return
@@ -429,7 +431,10 @@ class Reference:
         """Execute one host operation."""
         if op.kind == OP_STALL:
             cpu = self.vcpus[op.a]
-            cpu.leave(op.time, max(cpu.exit[1], op.time + op.b) - op.time)
+            if cpu.exit[0] <= op.time < cpu.exit[1]:
+                cpu.exit = (cpu.exit[0], max(cpu.exit[1], op.time + op.b))
+            else:
+                cpu.leave(op.time, op.b)
             cpu.spend("host_task", op.b)
             self.counters["exit__host_task"] += 1
             return
@@ -496,7 +501,7 @@ class Reference:
         self.counters["kvm__remote_tlb_flush_requests"] += 1
         kicked = False
         for cpu in self.vcpus:
-            outside = cpu.idle or cpu.exit[0] <= now < cpu.exit[1]
+            outside = cpu.idle or cpu.off_pcpu or cpu.exit[0] <= now < cpu.exit[1]
             if outside and cpu.flush_at_entry:
                 continue
             if not outside:

@@ -251,7 +251,6 @@ class Mmu:
         _, vpid, pcid = self.context
         if self.fractured:
             self.drop_combined(lambda context: context[1] == vpid)
-            self.fractured = False
             return
         self._drop(
             lambda size, number, context: self._of_page(page, size, number) and context[1] == vpid
@@ -265,7 +264,9 @@ class Mmu:
 
     def invpcid(self, kind: int, pcid: int, page: int, parent: list[int]) -> None:
         vpid = self.context[1]
-        if kind == 0:
+        if kind == 0 and self.fractured:
+            self.drop_combined(lambda context: context[1:] == (vpid, pcid))
+        elif kind == 0:
             way = (page // 512, parent[page // 512], parent[parent[page // 512]])
             self._drop(
                 lambda size, number, context: self._of_page(page, size, number) and context[1:] == (vpid, pcid),
@@ -279,7 +280,9 @@ class Mmu:
             self.drop_combined(lambda context: context[1] == vpid and context[2] != GLOBAL)
 
     def invvpid(self, kind: int, vpid: int, page: int, parent: list[int]) -> None:
-        if kind == 0:
+        if kind == 0 and self.fractured:
+            self.drop_combined(lambda context: context[1] == vpid)
+        elif kind == 0:
             way = (page // 512, parent[page // 512], parent[parent[page // 512]])
             self._drop(
                 lambda size, number, context: self._of_page(page, size, number) and context[1] == vpid,
