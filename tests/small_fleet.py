@@ -9,6 +9,7 @@ from fleet.in_process import InProcessFleet
 from guestd.fault import table_frames
 from guestd.guest import Guest
 from guestd.mm.nodes import F_ACTIVE, F_BUSY, F_LRU, NO_PAGE, Nodes
+from guestd.mm.page_alloc import is_free
 from guestd.tiering.registry import policies
 from proto.arrays import Words
 from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, HostKernel, Scalar
@@ -130,8 +131,10 @@ def check_memory(fleet: InProcessFleet) -> None:
 def _check_nodes(nodes: Nodes, used: Words) -> None:
     """``used`` (int64[n]) and the free frames are the managed ones, each once."""
     span = nodes.page.size // 2
-    free = [nodes.free[node * span : node * span + int(nodes.free_count[node])] for node in (0, 1)]
+    unused = np.flatnonzero(is_free(nodes.free, span))
+    free = [unused[(unused >= span) == (node == 1)] for node in (0, 1)]
     for node in (0, 1):
+        assert free[node].size == nodes.free_count[node]
         mine = used[(used >= span) == (node == 1)]
         every = np.sort(np.concatenate([free[node], mine]))
         assert np.array_equal(every, node * span + np.arange(int(nodes.managed[node])))
