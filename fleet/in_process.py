@@ -17,7 +17,7 @@ from guestd.guest_view import EptFaultCall
 from guestd.threads import Inline
 from hostd.core import HostCore
 from proto import memfd
-from proto.config import GuestConfig, HostConfig
+from proto.config import GuestConfig, HostConfig, pebs_buffer_bytes
 from proto.layout import VmMemory, segment_bytes, view_segment
 from proto.messages import Advance, Bye, EptFault, Hello, Mapped, Stop, ToGuest, Welcome
 
@@ -49,8 +49,9 @@ class InProcessFleet:
         self.host = HostCore(host, guests)
         self.guests: dict[int, Guest] = {}
         self._inbox: deque[tuple[int, ToGuest]] = deque()
+        pebs = np.zeros(pebs_buffer_bytes(guests) // 8 if host.kernel.pebs == "shared" else 0, np.int64)
         for config in guests:
-            memory = make_memory(config)
+            memory = make_memory(config)._replace(pebs=pebs)
             self.host.attach(config.vm, memory)
             self.guests[config.vm] = make_guest(config, memory, self._hypercall(config.vm), Inline())
         for config in guests:

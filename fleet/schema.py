@@ -52,11 +52,14 @@ class Elapsed(Struct):
 
 
 class Memory(Struct):
-    """Sizes of a VM; the last two are those of its process on this machine."""
+    """Sizes of a VM, what of it the host backed, and last two sizes of its process on this machine."""
 
     total_bytes: int
     fast_bytes: int
     slow_bytes: int
+    backed_bytes: int | UnsetType = UNSET
+    touched_bytes: int | UnsetType = UNSET
+    pinned_bytes: int | UnsetType = UNSET
     rss_bytes: int | UnsetType = UNSET
     private_bytes: int | UnsetType = UNSET
 
@@ -102,6 +105,15 @@ class Flushes(Struct):
     single: int
 
 
+class PebsEvent(Struct):
+    """One event of the PMU; of load latency only tagged loads above the threshold count."""
+
+    period: int
+    events: int
+    records: int
+    dropped: int
+
+
 class Pebs(Struct):
     """Sampling."""
 
@@ -111,6 +123,28 @@ class Pebs(Struct):
     drains: int
     period: int | UnsetType = UNSET
     ept_violations: int | UnsetType = UNSET
+    record_bytes: int | UnsetType = UNSET
+    events: dict[str, PebsEvent] | UnsetType = UNSET
+    vcpus: list[dict[str, PebsEvent]] | UnsetType = UNSET
+    foreign_records_visible: int | UnsetType = UNSET
+
+
+class Pml(Struct):
+    """Page-modification logging."""
+
+    entries: int
+    full_exits: int
+    useless_ratio: float
+    harvested_pages: int | UnsetType = UNSET
+
+
+class Swap(Struct):
+    """The host's swap."""
+
+    scanned_pages: int
+    out_pages: int
+    in_pages: int
+    modelled_s: float
 
 
 class Migration(Struct):
@@ -187,6 +221,7 @@ class Integrity(Struct):
     pages_checked: int
     accesses_checked: int
     mismatches: int
+    pages_brought_back: int | UnsetType = UNSET
 
 
 class Vm(Struct):
@@ -208,6 +243,8 @@ class Vm(Struct):
     instructions: Counts | UnsetType = UNSET
     flushes: Flushes | UnsetType = UNSET
     pebs: Pebs | UnsetType = UNSET
+    pml: Pml | UnsetType = UNSET
+    swap: Swap | UnsetType = UNSET
     migration: Migration | UnsetType = UNSET
     hotness: Hotness | UnsetType = UNSET
     agent_cpu: AgentCpu | UnsetType = UNSET
@@ -238,12 +275,23 @@ class HostCpu(Struct):
     by_vm: list[Any]
 
 
+class Overcommit(Struct):
+    """Memory that all VMs were promised, and what it took to back them."""
+
+    promised_bytes: int
+    backed_bytes: int
+    touched_bytes: int
+    pinned_bytes: int
+    ratio: float
+
+
 class Host(Struct):
     """The host."""
 
     cpu: HostCpu
     tiers: list[Tier]
     refused: Counts
+    overcommit: Overcommit | UnsetType = UNSET
     hypercalls_per_s: float | UnsetType = UNSET
 
 

@@ -134,7 +134,7 @@ class _Resolver:
             raise given.refuse(unknown(f"{space} parameter", name, self.offered[space]))
         if (vms := sum(tenant.vms for tenant in tenants)) > MAX_VMS:
             raise SpecError(f"vms: {vms} VMs in all; a host has at most {MAX_VMS}")
-        self._check_quantum(engine.quantum_ps, tenants)
+        self._check_host_side(engine.quantum_ps, kernel.populate, tenants)
         sample = _bounded_time(run["sample"], PS_PER_MS, MAX_TIME_PS)
         if sample < engine.quantum_ps:
             raise run["sample"].refuse(
@@ -156,9 +156,14 @@ class _Resolver:
             tenants=tenants,
         )
 
-    def _check_quantum(self, quantum_ps: int, tenants: tuple[Tenant, ...]) -> None:
+    def _check_host_side(self, quantum_ps: int, populate: bool, tenants: tuple[Tenant, ...]) -> None:
         """A host acts on a VM at barriers: with several ticks between two, it would look at the same A bits twice."""
         for tenant in tenants:
+            if populate and self.registries.policies[tenant.policy].view == "host":
+                raise SpecError(
+                    f"host.populate: pins all memory, of which the host-side policy {tenant.policy!r} could move none; "
+                    "take a policy that works in the guest, or leave host.populate=false"
+                )
             tick_ps = PS_PER_S // tenant.kernel.hz
             if self.registries.policies[tenant.policy].view == "host" and quantum_ps > tick_ps:
                 raise SpecError(

@@ -25,6 +25,9 @@ DETERMINISTIC_KEYS = (
     "vms.*.memory.total_bytes",
     "vms.*.memory.fast_bytes",
     "vms.*.memory.slow_bytes",
+    "vms.*.memory.backed_bytes",
+    "vms.*.memory.touched_bytes",
+    "vms.*.memory.pinned_bytes",
     "vms.*.outcome",
     "vms.*.transactions",
     "vms.*.virtual_s",
@@ -36,6 +39,8 @@ DETERMINISTIC_KEYS = (
     "vms.*.instructions.**",
     "vms.*.flushes.**",
     "vms.*.pebs.**",
+    "vms.*.pml.**",
+    "vms.*.swap.**",
     "vms.*.migration.**",
     "vms.*.hotness.**",
     "vms.*.time.**",
@@ -51,6 +56,7 @@ DETERMINISTIC_KEYS = (
     "host.cpu.modelled_s",
     "host.cpu.by_vm.*.modelled_s",
     "host.virtual_s",
+    "host.overcommit.**",
     "host.tiers.**",
 )
 """What the digest covers: counters and virtual times, nothing that this machine's clock or scheduler can move.

@@ -54,6 +54,8 @@ def print_summary(summary: Mapping[str, Any], console: Console, where: Path | No
         console.print(Text(line))
     for line in (*llc_lines(summary["vms"]), *flush_lines(summary["vms"])):
         console.print(Text(line))
+    for line in leak_lines(summary["vms"]):
+        console.print(Text(line), style="red")
     console.print(Text(_run_line(summary)))
     for line in error_lines(summary["errors"]):
         console.print(Text(line), style="red")
@@ -145,6 +147,12 @@ def host_lines(host: Mapping[str, Any]) -> list[str]:
     lines = [f"host: CPU measured {cpu['measured_s']:.2f} s, modelled {cpu['modelled_s']:.2f} s"]
     if refused := {reason: count for reason, count in host.get("refused", {}).items() if count}:
         lines[0] += "; refused messages: " + ", ".join(f"{count} {reason}" for reason, count in refused.items())
+    if overcommit := host.get("overcommit"):
+        sizes = {key.removesuffix("_bytes"): format_bytes(size) for key, size in overcommit.items() if key != "ratio"}
+        pinned = f", {sizes['pinned']} of it pinned" if overcommit["pinned_bytes"] else ""
+        lines.append(
+            f"  memory: {sizes['promised']} promised, {sizes['backed']} backed{pinned}, {sizes['touched']} touched"
+        )
     for tier in host["tiers"]:
         lines.append(
             f"  {tier['name']}: {format_bytes(tier['peak'] * 4096)} of {format_bytes(tier['frames'] * 4096)} used at "
@@ -163,13 +171,22 @@ def llc_lines(vms: Sequence[Vm]) -> list[str]:
 
 
 def flush_lines(vms: Sequence[Vm]) -> list[str]:
-    """How many INVEPTs a remote flush request led to: at most one per vCPU, fewer where vCPUs were outside the guest."""
+    """How many INVEPTs a remote flush request led to: one per vCPU at most, fewer where vCPUs were outside."""
     counted = [vm["kvm"] for vm in vms if vm.get("kvm", {}).get("remote_tlb_flush")]
     if not counted:
         return []
     requests = sum(kvm["remote_tlb_flush"] for kvm in counted)
     executions = sum(kvm["tlb_flush"] for kvm in counted) / requests
     return [f"  remote flushes: {format_count(requests)} requests, {executions:.2f} executions each"]
+
+
+def leak_lines(vms: Sequence[Vm]) -> list[str]:
+    """Which VMs could read PEBS records of others."""
+    return [
+        f"leak: vm{vm['id']} could read {seen} PEBS records of other VMs (host.pebs=shared)"
+        for vm in vms
+        if (seen := vm.get("pebs", {}).get("foreign_records_visible", 0))
+    ]
 
 
 def _run_line(summary: Mapping[str, Any]) -> str:

@@ -27,8 +27,11 @@ _FAST_PAGES = 1024
 _LLC_BYTES = 1 << 16
 
 
-def warm_up(policies: list[str], workloads: list[str], costs: Costs, progress: Progress) -> None:
-    """Run one small fleet per policy and workload. ``costs``: any valid ones."""
+def warm_up(
+    policies: list[str], workloads: list[str], costs: Costs, progress: Progress, kernel: HostKernel | None = None
+) -> None:
+    """Run one small fleet per policy and workload. ``costs``: any valid ones; ``kernel``: the host's (None: stock)."""
+    brisk = _brisk(kernel or HostKernel())
     jobs: list[tuple[str, str, str, dict[str, Scalar]]] = [("engine", "none", "gups", {})]
     jobs += [(policy, policy, "gups", {}) for policy in policies if policy != "none"]
     jobs += [(workload, "none", workload, {}) for workload in workloads if workload not in ("gups", "trace")]
@@ -38,12 +41,22 @@ def warm_up(policies: list[str], workloads: list[str], costs: Costs, progress: P
             jobs.append(("trace", "none", "trace", {"file": str(_tiny_trace(Path(folder) / "warm.trace"))}))
         for done, (label, policy, workload, params) in enumerate(jobs):
             progress(done, len(jobs), label)
-            _run(policy, workload, params, costs)
+            _run(policy, workload, params, costs, brisk)
     meter_cost_ns(1)
     progress(len(jobs), len(jobs), "")
 
 
-def _run(policy: str, workload: str, params: dict[str, Scalar], costs: Costs) -> None:
+def _brisk(kernel: HostKernel) -> HostKernel:
+    """The same kernel with threads that act within milliseconds, and on hardware that kills no guest."""
+    return msgspec.structs.replace(
+        kernel,
+        pebs="ept-friendly" if kernel.pebs == "legacy" else kernel.pebs,
+        pml_harvest_ps=min(kernel.pml_harvest_ps, 2 * PS_PER_MS),
+        swap_pages_per_s=400_000 if kernel.swap_pages_per_s else 0,
+    )
+
+
+def _run(policy: str, workload: str, params: dict[str, Scalar], costs: Costs, kernel: HostKernel) -> None:
     engine = EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=1024)
     guest = GuestConfig(
         vm=0,
@@ -72,14 +85,14 @@ def _run(policy: str, workload: str, params: dict[str, Scalar], costs: Costs) ->
             ds_prefault=True,
             batched_unmap_flush=False,
         ),
-        host=HostKernel(),
+        host=kernel,
         costs=costs,
         log_path="",
         events_path="",
     )
     # A real LLC would swallow so small a guest, and no mechanism would see an access; this one has a little of it.
     costs = msgspec.structs.replace(costs, llc_bytes=_LLC_BYTES)
-    InProcessFleet(HostConfig(costs=costs, engine=engine, sample_ps=PS_PER_MS), [guest]).run()
+    InProcessFleet(HostConfig(costs=costs, engine=engine, sample_ps=PS_PER_MS, kernel=kernel), [guest]).run()
 
 
 def _tiny_trace(path: Path) -> Path:

@@ -182,6 +182,7 @@ def warm_up(channel: Channel, launch: Launch) -> None:
         workloads,
         launch.host.costs,
         lambda done, total, label: channel.send(Compiling(done=done, total=total, label=label)),
+        launch.host.kernel,
     )
     threads = clocks.thread_ids()
     if len(threads) != 1:

@@ -12,10 +12,13 @@ timestamps. The engine returns whenever something outside it must act: accesses 
 import numpy as np
 
 from guestd.instructions import ANY, invept
-from guestd.jit import assume, inline, kernel, prefetch
+from guestd.jit import assume, inline, int64, kernel, prefetch
 from guestd.kvm import apply_operation, leave_guest, violation_wait
 from guestd.machine import Machine, S
-from guestd.pebs import P_RECORD_PS, sample
+from guestd.pebs import P_ON as PMU_ON
+from guestd.pebs import sample
+from guestd.pml import P_ON as PML_ON
+from guestd.pml import flush_log, log_dirty
 from guestd.tlb import (
     MISS,
     TLB_DIRTY,
@@ -43,6 +46,7 @@ from guestd.vcpu import (
     LENGTH,
     OFF_PCPU,
     PEBS_RECORD,
+    PML_FULL,
     POSITION,
     PREEMPTED,
     STALL,
@@ -79,8 +83,6 @@ or an EPT violation of a record); transactions done."""
 CHUNK = 64
 """Accesses per prefetch phase: their lines (three tables) leave room in the L1 cache for the vCPU's own."""
 
-_HUGE = (1 << TABLE_SHIFT << PAGE_SHIFT) - 1
-
 
 @inline
 def _prefetch_chunk(address: Words, start: int, end: int, gpt: Words, ept: Words, stamps: Words) -> None:
@@ -116,6 +118,8 @@ def _serve_faults(m: Machine, vcpu: int, position: int, now: int, gpfn: int) -> 
     vcpus.fault_ps[vcpu, position] = 0
     outside = vcpus.exit_ps[vcpu, position]
     if outside != 0:
+        if m.pml.params[PML_ON] != 0:
+            outside += flush_log(m.pml, vcpu)
         outside += violation_wait(m, now + lost, gpfn)
         leave_guest(vcpus.field[vcpu], now + lost, outside)
         vcpus.ledger[vcpu, vcpus.exit_part[vcpu, position]] += outside
@@ -143,7 +147,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     stlb_hit_ps, llc_ps = state[S.STLB_HIT_PS], state[S.LLC_PS]
     context = field[CONTEXT]
     eptp = vcpus.context[vcpu, context, 0]
-    sampled = m.ds.gpfn.size > 0
+    pmu_on, logging = m.ds.params[PMU_ON], m.pml.params[PML_ON] != 0
 
     clock, start, length = field[CLOCK], field[POSITION], field[LENGTH]
     last_block, last_written, left = field[LAST_BLOCK], field[LAST_WRITTEN], state[S.LEFT]
@@ -191,7 +195,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             frame = (e & FRAME_MASK) >> FRAME_SHIFT
             table = page >> TABLE_SHIFT
             walked = walk(walk_tag, walk_turn, m.walk_geometry, tables, chain, ept, table, gpfn, context, eptp,
-                          slow_frames, state[S.EPT_EPOCH], price)  # fmt: skip
+                          slow_frames, state[S.EPT_EPOCH], price, m.pml, vcpu, counters)  # fmt: skip
             if walked == UNBACKED:
                 reason = FAULT
                 break
@@ -209,10 +213,14 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             elif (g & bits) != bits:
                 g |= bits
                 gpt[page] = g
+            had = e
             if (tables.ept_pde[gpfn >> TABLE_SHIFT] & HUGE) != 0:
+                had = int64(tables.ept_pde[gpfn >> TABLE_SHIFT])
                 tables.ept_pde[gpfn >> TABLE_SHIFT] |= bits
             elif (e & bits) != bits:
                 ept[gpfn] = e | bits
+            if logging and write and (had & DIRTY) == 0:
+                log_dirty(m.pml, vcpu, gpfn, 0, counters)
             if found == MISS:
                 misses += 1
                 _fill(m, tlb, field, table, page, gpfn, context, frame, TLB_DIRTY if write else 0)
@@ -261,17 +269,23 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
         histogram[min(latency >> LATENCY_BIN_SHIFT, LATENCY_BINS - 1)] += 1
         slow_total += slow
         position += 1
-        if sampled:
-            gva = m.table_gva[page >> TABLE_SHIFT] + (a & _HUGE)
-            recorded = sample(m.ds, ept, field, vcpu, kind, clock, gva, slow, latency, counters)
-            if recorded != 0:
-                lost = (recorded >> 1) * m.ds.params[P_RECORD_PS]
-                clock += lost
-                elsewhere += lost
-                ledger[PEBS_RECORD] += lost
-                if recorded & 1 == 1:
-                    reason = PMI
-                    break
+        if pmu_on != 0:
+            lost, service = sample(pmu_on, m.ds, m.pml, ept, field, vcpu, kind, clock, a, m.table_gva, slow, latency,
+                                   cached, counters)  # fmt: skip
+            clock += lost
+            elsewhere += lost
+            ledger[PEBS_RECORD] += lost
+            if service:
+                reason = PMI
+        if logging and m.pml.due[vcpu] != 0:
+            lost = m.pml.due[vcpu]
+            leave_guest(field, clock, lost)
+            clock += lost
+            elsewhere += lost
+            ledger[PML_FULL] += lost
+            m.pml.due[vcpu] = 0
+        if reason == PMI:
+            break
 
     total = position - start
     field[CLOCK] = clock

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from guestd.jit import inline, kernel
-from guestd.machine import Machine
+from guestd.machine import Machine, S
 from guestd.mm.nodes import NO_PAGE, Nodes, allocate, lru_add
+from guestd.pml import set_dirty
 from guestd.vcpu import EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, LENGTH, MINOR_FAULT, POSITION, Vcpus
 from guestd.walk import PageTables
 from proto.arrays import Bytes, Words
 from proto.counters import C
 from proto.entry import (
-    DIRTY,
     ENTRY_VERSION_SHIFT,
     FRAME_MASK,
     FRAME_SHIFT,
@@ -184,20 +184,20 @@ def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, defa
 
 
 @kernel
-def clear_fresh(ept: Words, stamps: Words, owner: int, fresh: Words, fresh_gpfn: Words) -> int:
-    """Clear newly allocated frames: write each page's own stamp at version 0, whatever its entry expects.
+def clear_fresh(m: Machine, vcpu: int, fresh: Words, fresh_gpfn: Words) -> int:
+    """Clear newly allocated frames on ``vcpu``: write each page's own stamp at version 0, whatever its entry expects.
 
     So a mapping that was lost and faulted in again shows, as its content is gone. Clearing writes the frame, so its
     EPT D bit is set. Returns the number of frames that the EPT does not map.
     """
     unmapped = 0
     for i in range(fresh.size):
-        entry = ept[fresh_gpfn[i]]
+        entry = m.ept[fresh_gpfn[i]]
         if (entry & PRESENT) == 0:
             unmapped += 1
             continue
-        ept[fresh_gpfn[i]] = entry | DIRTY
-        stamps[(entry & FRAME_MASK) >> FRAME_SHIFT] = owner | (fresh[i] << STAMP_PAGE_SHIFT)
+        set_dirty(m.pml, vcpu, m.ept, fresh_gpfn[i], 1 if fresh[i] >= STAMP_TABLE_BASE else 0, m.counters)
+        m.stamps[(entry & FRAME_MASK) >> FRAME_SHIFT] = m.state[S.OWNER] | (fresh[i] << STAMP_PAGE_SHIFT)
     return unmapped
 
 
@@ -234,11 +234,11 @@ def table_frames(tables: PageTables) -> Words:
 
 
 @kernel
-def verify(gpt: Words, ept: Words, stamps: Words, owner: int, kernel_gpfn: Words, tables: int) -> tuple[int, int]:
+def verify(gpt: Words, ept: Words, stamps: Words, owner: int, kernel_gpfn: Words) -> tuple[int, int]:
     """Check the stamp of every mapped page and every kernel page; returns (mapped pages checked, mismatches).
 
-    ``kernel_gpfn``: int64[k], frames of ``tables`` page-table pages, then of DS pages (which may never have been
-    backed); NO_FRAME where there is none.
+    ``kernel_gpfn``: int64[k], frames of page-table pages, then of DS pages; NO_FRAME where there is none, or where
+    nobody has written to it yet. The EPT maps them all.
     """
     checked = bad = 0
     for page in range(gpt.size):
@@ -250,8 +250,7 @@ def verify(gpt: Words, ept: Words, stamps: Words, owner: int, kernel_gpfn: Words
                 bad += 1
     for i in range(kernel_gpfn.size):
         if kernel_gpfn[i] != NO_FRAME:
-            entry = ept[kernel_gpfn[i]]
-            stamp = stamps[(entry & FRAME_MASK) >> FRAME_SHIFT]
-            if (i < tables or entry != 0) and stamp != (owner | ((STAMP_TABLE_BASE + i) << STAMP_PAGE_SHIFT)):
+            frame = (ept[kernel_gpfn[i]] & FRAME_MASK) >> FRAME_SHIFT
+            if stamps[frame] != (owner | ((STAMP_TABLE_BASE + i) << STAMP_PAGE_SHIFT)):
                 bad += 1
     return checked, bad

@@ -63,12 +63,12 @@ class TlbFlush:
         if self._kernel.pti:
             counters[C.instr__invpcid_0] += executed
 
-    def range(self, first: int, count: int) -> None:
-        """flush_tlb_mm_range of ``count`` pages from page ``first`` on: one request, page by page up to the ceiling."""
-        if count > self._kernel.single_page_flush_ceiling:
+    def range(self, pages: Words) -> None:
+        """flush_tlb_mm_range, or one mmu_gather, of ``pages`` (int64[n]): one request; above the ceiling all."""
+        if pages.size > self._kernel.single_page_flush_ceiling:
             self.all()
         else:
-            self.pages(np.arange(first, first + count, dtype=np.int64), requests=1)
+            self.pages(pages, requests=1)
 
     def _shoot_down(self, requests: int, flush_ps: int) -> int:
         """Have the other vCPUs flush, for ``flush_ps`` a request. Returns the number of IPIs received."""

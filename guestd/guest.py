@@ -19,6 +19,7 @@ from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI
 from guestd.errors import GuestError
 from guestd.events import EventLog
 from guestd.fault import (
+    NO_FRAME,
     OUT_OF_MEMORY,
     charge_hints,
     charge_violations,
@@ -32,10 +33,11 @@ from guestd.guest_view import EptFaultCall, GuestView
 from guestd.hotness import placement_by_heat
 from guestd.kvm import ept_changed, leave_guest
 from guestd.machine import S, new_machine
-from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter, metered
-from guestd.mm.nodes import FAST, NO_PAGE, WMARK_LOW, allocate, new_nodes
+from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter
+from guestd.mm.nodes import FAST, WMARK_LOW, new_nodes
 from guestd.params import resolve
-from guestd.pebs import P_INTERRUPT, drain
+from guestd.perf_events import PerfEvents
+from guestd.pml import P_ON, flush_at_exit
 from guestd.report import Snapshot, build_report
 from guestd.threads import Threads
 from guestd.tiering.policy import Tiering
@@ -44,8 +46,6 @@ from guestd.vcpu import (
     AGENT,
     CLOCK,
     CONTEXT_SWITCH,
-    DS_FAULT,
-    DS_INDEX,
     EPT_REFAULT,
     FLUSH_AT_ENTRY,
     HALTED,
@@ -62,25 +62,24 @@ from guestd.vcpu import INTERRUPT as IRQ
 from guestd.walk import price_walks
 from guestd.workloads.base import Buffer
 from guestd.workloads.registry import workloads
-from proto.arrays import Words
-from proto.config import GuestConfig
+from proto.config import GuestConfig, launch_ps
 from proto.counters import C
-from proto.entry import STAMP_TABLE_BASE
+from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.layout import OPERATION, VmMemory
 from proto.messages import Advance, Tick
 from proto.units import PS_PER_S
 
 FOREVER = 1 << 62
 NULL_ACTIVATIONS = 200
+FAULTS_A_MESSAGE = 1 << 16
 T = TypeVar("T")
-_drain = metered(drain)
 
 
 def _nothing() -> None: ...
 
 
 class Guest:
-    """See the module. Raises GuestError when the guest cannot go on (out of memory)."""
+    """See the module. Raises GuestError when the guest cannot go on (out of memory, killed by a PEBS record)."""
 
     def __init__(self, config: GuestConfig, memory: VmMemory, ept_fault: EptFaultCall, threads: Threads) -> None:
         self.config = config
@@ -97,6 +96,7 @@ class Guest:
         self.sampling = self.policy.sampling(params)
         self.machine = new_machine(config, self.workload.space, memory, self.sampling, self.workload.mlp)
         self.meter = Meter()
+        self.perf = PerfEvents(config, self.machine, self.nodes, self.meter, ept_fault, self.sampling)
         self._timers: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
         self._events = EventLog(config.events_path, config.vm)
@@ -114,7 +114,6 @@ class Guest:
             else np.zeros(0, np.uint8)
         )
         self._batch = new_batch(config.engine.block)
-        self._samples = np.zeros((self.machine.ds.records.shape[1], 5), np.int64)
         self._buffers = [
             Buffer(self.machine.vcpus.address[v], self.machine.vcpus.kind[v], self.machine.vcpus.think_ps[v])
             for v in range(config.vcpus)
@@ -127,9 +126,10 @@ class Guest:
         self.phase = "populate"
         self.run_started_ps = 0
         self.ended_ps = 0
-        self.started_ps = config.start_ps
+        self.started_ps = self.booted_ps = config.start_ps
         self.populated: Snapshot | None = None
         self.pages_checked = 0
+        self.pages_brought_back = 0
         self.null_activation_ns = 0.0
 
     # -- time ---------------------------------------------------------------------------------------------------
@@ -152,19 +152,20 @@ class Guest:
         self._at(at_ps, lambda: self._activate(KTHREAD, self._agent_vcpu(), self.tiering.on_timer, name))
 
     def start(self) -> None:
-        """Boot at the tenant's start time: scheduler timers, the policy's own."""
+        """Boot at the tenant's start time, once its memory is ready: scheduler timers, the policy's own."""
         config = self.config
         state, field = self.machine.state, self.machine.vcpus.field
-        state[S.NOW] = config.start_ps
-        field[:, CLOCK] = config.start_ps
-        self.meter.now = config.start_ps
-        self._at(config.start_ps, self._allocate_ds)
+        boot_ps = self.booted_ps = launch_ps(config)
+        state[S.NOW] = boot_ps
+        field[:, CLOCK] = boot_ps
+        self.meter.now = boot_ps
+        self._at(boot_ps, partial(self.perf.allocate, boot_ps))
         period = config.kernel.sched_slice_ps
         for vcpu in range(config.vcpus):
-            self._at(config.start_ps + period * (vcpu + 1) // config.vcpus, partial(self._context_switch, vcpu))
+            self._at(boot_ps + period * (vcpu + 1) // config.vcpus, partial(self._context_switch, vcpu))
         self._tick_ps = PS_PER_S // config.kernel.hz
         if self.tiering.reclaim_mark is not None:
-            self._at(config.start_ps + self._tick_ps, self._tick)
+            self._at(boot_ps + self._tick_ps, self._tick)
         self.null_activation_ns = self._calibrate()
         self._threads.on_agent(self.tiering.start)
 
@@ -282,9 +283,7 @@ class Guest:
             cost = self._ept_fault(now, batch.gpfn[:gpfns], np.ones(gpfns, np.uint8))
             charge_violations(vcpus, vcpu, batch, cost)
             counters[C.exit__ept_violation] += gpfns
-        if fresh and clear_fresh(machine.ept, machine.stamps, int(machine.state[S.OWNER]), batch.fresh[:fresh],
-            batch.fresh_gpfn[:fresh],
-        ):  # fmt: skip
+        if fresh and clear_fresh(machine, vcpu, batch.fresh[:fresh], batch.fresh_gpfn[:fresh]):
             raise GuestError("the host left frames unmapped after it had answered the fault")
         if hints:
             pages = batch.hint_page[:hints]
@@ -299,47 +298,19 @@ class Guest:
                 "give the VM more memory or the workload a smaller footprint"
             )
 
-    def _allocate_ds(self) -> None:
-        """The kernel allocates the DS areas; stock Linux clears them, so that the host backs them (ds_prefault)."""
-        ds = self.machine.ds
-        for index in np.ndindex(ds.gpfn.shape):
-            frame = int(allocate(self.nodes, FAST))
-            if frame == NO_PAGE:
-                raise GuestError(
-                    "out of memory for the PEBS buffers; give the VM more memory or set guest.ds_pages lower"
-                )
-            ds.gpfn[index] = frame
-        if self.config.kernel.ds_prefault and ds.gpfn.size:
-            gpfns = ds.gpfn.reshape(-1)
-            self._ept_fault(self.now, gpfns, np.ones(gpfns.size, np.uint8))
-            self._clear_ds(gpfns)
-
-    def _clear_ds(self, gpfns: Words) -> None:
-        machine = self.machine
-        first = STAMP_TABLE_BASE + machine.tables.upper.size
-        pages = first + np.flatnonzero(np.isin(machine.ds.gpfn.reshape(-1), gpfns))
-        clear_fresh(machine.ept, machine.stamps, int(machine.state[S.OWNER]), pages, gpfns)
-
     def _serve_pmu(self) -> None:
-        """A record met an EPT violation, or a DS area is nearly full."""
+        """A record met an EPT violation, or a buffer is nearly full."""
         vcpu = int(self.machine.state[S.TURN])
-        field, params = self.machine.vcpus.field[vcpu], self.machine.ds.params
-        if field[DS_FAULT]:
-            gpfn = np.array([field[DS_FAULT] - 1], np.int64)
-            backed = int(self.machine.ept[gpfn[0]]) != 0
-            cost = int(self._ept_fault(int(field[CLOCK]), gpfn, np.ones(1, np.uint8))[0])
-            if not backed:
-                self._clear_ds(gpfn)
-            self.machine.counters[C.pebs__ept_violations] += 1
-            self.machine.counters[C.exit__ept_violation] += 1
-            self._exit(vcpu, EPT_REFAULT, cost)
-            field[DS_FAULT] = 0
-        if field[DS_INDEX] >= params[P_INTERRUPT]:
+        if exits_ps := self.perf.resolve_violations(vcpu):
+            self._exit(vcpu, EPT_REFAULT, exits_ps)
+        if self.perf.pmu.interrupt_due(vcpu):
             self._take_pmi(vcpu)
 
     def _exit(self, vcpu: int, part: int, cost_ps: int) -> None:
         """A VM exit of ``cost_ps`` that management caused."""
-        field = self.machine.vcpus.field[vcpu]
+        field, pml = self.machine.vcpus.field[vcpu], self.machine.pml
+        if pml.params[P_ON]:
+            cost_ps += flush_at_exit(pml, vcpu)
         leave_guest(field, int(field[CLOCK]), cost_ps)
         book(self.machine.vcpus, vcpu, part, cost_ps)
 
@@ -362,7 +333,8 @@ class Guest:
             return
         self.machine.counters[C.vmstat__context_switches] += 1
         book(self.machine.vcpus, vcpu, CONTEXT_SWITCH, 2 * self.config.costs.context_switch_ps)
-        if self.tiering.drains_at_context_switch and field[vcpu, DS_INDEX]:
+        drains = self.perf.drains_at_context_switch() or self.tiering.drains_at_context_switch
+        if drains and self.perf.pmu.waiting(vcpu):
             self._activate(TASK, vcpu, self._drain, vcpu)
 
     def _tick(self) -> None:
@@ -411,13 +383,7 @@ class Guest:
         return result
 
     def _drain(self, vcpu: int) -> None:
-        field, counters = self.machine.vcpus.field[vcpu], self.machine.counters
-        with self.meter.stage(TRACK):
-            count = int(_drain(self.meter.book, self.machine.ds.records[vcpu], field, self._samples))
-            self.meter.charge(self.config.costs.drain_record_ps * count)
-        counters[C.pebs__drains] += 1
-        counters[C.pebs__drained_records] += count
-        self.tiering.on_samples(self._samples[:count])
+        self.tiering.on_samples(self.perf.drain(vcpu))
 
     # -- end ----------------------------------------------------------------------------------------------------
 
@@ -427,10 +393,17 @@ class Guest:
         self._verify()
 
     def _verify(self) -> None:
+        """Check all content; what the host has swapped out is brought back for it, as reading it would do."""
         machine = self.machine
-        tables = table_frames(machine.tables)
-        checked, bad = verify(machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]),
-                              np.concatenate([tables, machine.ds.gpfn.reshape(-1)]), tables.size)  # fmt: skip
+        gpt = machine.gpt[(machine.gpt & (PRESENT | PROTNONE)) != 0]
+        kernel = np.concatenate([table_frames(machine.tables), self.perf.written()])
+        gpfns = np.concatenate([(gpt & FRAME_MASK) >> FRAME_SHIFT, kernel[kernel != NO_FRAME]])
+        away = gpfns[(machine.ept[gpfns] & WRITABLE) == 0]
+        for start in range(0, away.size, FAULTS_A_MESSAGE):
+            batch = away[start : start + FAULTS_A_MESSAGE]
+            self._ept_fault(self.now, batch, np.zeros(batch.size, np.uint8))
+        self.pages_brought_back = away.size
+        checked, bad = verify(machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]), kernel)
         total_time(machine.vcpus, machine.counters)
         self.pages_checked = int(checked)
         machine.counters[C.integrity__mismatches] += bad

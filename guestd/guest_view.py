@@ -14,11 +14,12 @@ from guestd.flush import TlbFlush
 from guestd.machine import Machine
 from guestd.meter import MIGRATE, TASK, Meter, metered
 from guestd.mm.nodes import FAST, Nodes, give_free
+from guestd.pml import Pml, set_dirty
 from guestd.tiering.view import PageView
 from proto.arrays import Bytes, Ints, Words
 from proto.config import GuestConfig
 from proto.costs import copy_ps
-from proto.counters import C
+from proto.counters import C, Counters
 from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE
 from proto.units import PAGE_SHIFT, PAGE_SIZE, TABLE_PAGES, TABLE_SHIFT
 
@@ -42,14 +43,15 @@ def _protect(gpt: Words, half: int, first: int, count: int) -> int:
 
 @metered
 def _copy_and_map(
-    gpt: Words, ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Ints, targets: Ints, protnone: int
-) -> None:
+    gpt: Words, ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Ints, targets: Ints, protnone: int,
+    pml: Pml, vcpu: int, counters: Counters,
+) -> None:  # fmt: skip
     """Copy contents gPA to gPA through the EPT, point the entries at the targets (old, clean), free the sources."""
     for i in range(pages.size):
         source = (ept[frames[i]] & FRAME_MASK) >> FRAME_SHIFT
         entry = ept[targets[i]]
         stamps[(entry & FRAME_MASK) >> FRAME_SHIFT] = stamps[source]
-        ept[targets[i]] = entry | ACCESSED | DIRTY
+        set_dirty(pml, vcpu, ept, targets[i], 0, counters)
         ept[frames[i]] |= ACCESSED
         old = gpt[pages[i]]
         entry = (old & ~(FRAME_MASK | ACCESSED | DIRTY)) | (np.int64(targets[i]) << FRAME_SHIFT)
@@ -61,13 +63,13 @@ def _copy_and_map(
 
 @metered
 def _swap_contents(gpt: Words, ept: Words, stamps: Words, pages: Words, frames: Ints, others: Words,
-                   other_frames: Ints) -> None:  # fmt: skip
+                   other_frames: Ints, pml: Pml, vcpu: int, counters: Counters) -> None:  # fmt: skip
     for i in range(pages.size):
         a, b = frames[i], other_frames[i]
         slot_a, slot_b = (ept[a] & FRAME_MASK) >> FRAME_SHIFT, (ept[b] & FRAME_MASK) >> FRAME_SHIFT
         stamps[slot_a], stamps[slot_b] = stamps[slot_b], stamps[slot_a]
-        ept[a] |= ACCESSED | DIRTY
-        ept[b] |= ACCESSED | DIRTY
+        set_dirty(pml, vcpu, ept, a, 0, counters)
+        set_dirty(pml, vcpu, ept, b, 0, counters)
         keep = ~(FRAME_MASK | ACCESSED | DIRTY)
         gpt[pages[i]] = (gpt[pages[i]] & keep) | (np.int64(b) << FRAME_SHIFT)
         gpt[others[i]] = (gpt[others[i]] & keep) | (np.int64(a) << FRAME_SHIFT)
@@ -100,11 +102,15 @@ class GuestView(PageView):
         self.meter.charge(self.costs.protect_pte_ps * count)
         self.counters[C.vmstat__numa_pte_updates] += changed
         if changed:
-            self.flush.range(first, count)
+            # mmu_gather covers the range from first to last changed page.
+            self.flush.range(np.arange(first, first + count, dtype=np.int64))
         return changed
 
     def _flush_young(self, young: int) -> None:
         """Nothing: x86 leaves the stale entry, at worst the page looks idle for a while."""
+
+    def _flush_dirty(self, pages: Words) -> None:
+        self.flush.range(pages)
 
     def _flush_unmapped(self, pages: Words, batched: bool) -> None:
         # ptep_clear_flush (mm/pgtable-generic.c) flushes only what a TLB can hold: not a PROT_NONE entry, so a
@@ -117,7 +123,7 @@ class GuestView(PageView):
             self.flush.pages(pages, requests=pages.size)
 
     def _back(self, frames: Ints) -> None:
-        """Have the host back target frames before the copy, as the copy's first write would."""
+        """Have the host map frames before a copy, as its first access would."""
         machine = self._machine
         missing = frames[(machine.ept[frames] & PRESENT) == 0].astype(np.int64)
         if missing.size:
@@ -136,10 +142,10 @@ class GuestView(PageView):
 
     def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int, protect: bool) -> None:
         machine = self._machine
-        self._back(targets)
+        self._back(np.concatenate([frames, targets]))
         self._flush_unmapped(pages, self._kernel.batched_unmap_flush and self.meter.context != TASK)
         _copy_and_map(self.meter.book, machine.gpt, machine.ept, machine.stamps, self.nodes, pages, frames, targets,
-                      PROTNONE if protect else 0)  # fmt: skip
+                      PROTNONE if protect else 0, machine.pml, self.flush.vcpu, machine.counters)  # fmt: skip
         self._traffic(1 - node, node, pages.size)
         self.meter.charge(cost_ps * pages.size)
         self._events.add(self.now, "promote" if node == FAST else "demote", self._gva(pages), 1 - node, node)
@@ -147,9 +153,10 @@ class GuestView(PageView):
     def _swap(self, slow_pages: Words, slow_frames: Ints, fast_pages: Words, fast_frames: Ints, batched: bool) -> None:
         machine, costs = self._machine, self.costs
         with self.meter.stage(MIGRATE):
+            self._back(np.concatenate([slow_frames, fast_frames]))
             self._flush_unmapped(np.concatenate([slow_pages, fast_pages]), batched)
             _swap_contents(self.meter.book, machine.gpt, machine.ept, machine.stamps, slow_pages, slow_frames,
-                           fast_pages, fast_frames)  # fmt: skip
+                           fast_pages, fast_frames, machine.pml, self.flush.vcpu, machine.counters)  # fmt: skip
             self._traffic(1, FAST, slow_pages.size)
             self._traffic(FAST, 1, slow_pages.size)
             each = 2 * costs.migrate_page_ps + copy_ps(costs, True, False) + copy_ps(costs, False, True)

@@ -15,7 +15,9 @@ from guestd.instructions import ANY, invept
 from guestd.jit import inline, kernel
 from guestd.machine import Machine, S
 from guestd.mmu_lock import hold, wait_for
-from guestd.vcpu import EXIT_END, EXIT_START, FLUSH_AT_ENTRY, HOST_TASK, IDLE, KICK, spend
+from guestd.pml import P_ON as PML_ON
+from guestd.pml import flush_log, has_dirty, take_dirty
+from guestd.vcpu import EXIT_END, EXIT_START, FLUSH_AT_ENTRY, HOST_TASK, IDLE, KICK, PML_FULL, spend
 from proto.arrays import Words
 from proto.counters import C
 from proto.entry import (
@@ -30,7 +32,7 @@ from proto.entry import (
     WRITABLE,
     YOUNG,
 )
-from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP
+from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP
 from proto.units import PAGE_SIZE
 
 
@@ -71,9 +73,10 @@ def request_flush(m: Machine, now: int) -> None:
         else:
             kicked = True
             counters[C.exit__kick] += 1
+            exit_ps = state[S.VMEXIT_PS] + (flush_log(m.pml, vcpu) if m.pml.params[PML_ON] != 0 else 0)
             # From now on, not from the clock, which is ahead by what is left of the access that `now` fell into.
-            leave_guest(field, now, state[S.VMEXIT_PS] + state[S.INVEPT_PS])
-            spend(m.vcpus, vcpu, KICK, state[S.VMEXIT_PS])
+            leave_guest(field, now, exit_ps + state[S.INVEPT_PS])
+            spend(m.vcpus, vcpu, KICK, exit_ps)
         # The vCPU runs nothing until its entry, so the flush of that entry may empty the caches already now.
         field[FLUSH_AT_ENTRY] = 1
         invept(m.vcpus, vcpu, m.walk_geometry, ANY)
@@ -162,6 +165,16 @@ def _swap(m: Machine, a: int, b: int) -> None:
 
 
 @inline
+def _harvest(m: Machine, now: int) -> None:
+    """KVM_GET_DIRTY_LOG (virt/kvm/kvm_main.c): empty all logs, take the bitmap, clear its pages' D bits, flush once."""
+    if has_dirty(m.pml):
+        request_flush(m, now)
+        for vcpu in range(m.vcpus.field.shape[0]):
+            spend(m.vcpus, vcpu, PML_FULL, flush_log(m.pml, vcpu))
+        take_dirty(m.pml, m.ept, m.tables.ept_pde)
+
+
+@inline
 def apply_operation(m: Machine, operation: Any) -> None:
     """Execute one `proto.layout.OPERATION` at its time; all vCPUs have run up to it."""
     now, kind = operation.time_ps, operation.kind
@@ -182,6 +195,8 @@ def apply_operation(m: Machine, operation: Any) -> None:
             if (entry & WRITABLE) != 0 and slow and operation.flags == PROTNONE:
                 m.ept[gpfn] = entry | PROTNONE
         _notify(m.state, now, operation.a, operation.b, operation.busy_ps)
+    elif kind == OP_HARVEST:
+        _harvest(m, now)
     elif kind != OP_FLUSH:
         if _zap(m.ept, operation.a):
             zapped += 1

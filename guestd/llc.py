@@ -4,8 +4,8 @@ A socket's LLC is shared by all its VMs, and at each barrier the host says how m
 (hostd/core.py). Page-table lines come first in that share, being a VM's most popular ones; data has the rest
 (`guestd.walk.price_walks`). Which accesses hit is decided where they are generated (`proto.trace.LLC_HIT`). A synthetic
 workload hits with the probability that a line of its class is among the hottest that fit (`hit_cuts`): what LRU has
-under uniform accesses, and an upper bound of it under skewed ones. A replay goes through a real set-associative LRU cache
-(`LlcFilter`). Left out: the first misses of a synthetic workload, write-backs of lines that hits made dirty (a write
+under uniform accesses, and an upper bound of it under skewed ones. A replay goes through a real set-associative LRU
+cache (`LlcFilter`). Left out: the first misses of a synthetic workload, write-backs of lines that hits made dirty (a write
 that misses pays its own at once), prefetchers, and bursts by which VMs evict each other within a quantum.
 """
 

@@ -8,6 +8,7 @@ import numpy as np
 from guestd.address_space import AddressSpace
 from guestd.mmu_lock import new_mmu_lock
 from guestd.pebs import DsArea, new_ds_area
+from guestd.pml import Pml, new_pml
 from guestd.tiering.policy import Sampling
 from guestd.tlb import TlbGeometry, tlb_geometry
 from guestd.vcpu import Vcpus, new_vcpus
@@ -84,6 +85,7 @@ class Machine(NamedTuple):
     table_gva: Words
     """int64[tables]: gVA of the first page of each leaf table."""
     ds: DsArea
+    pml: Pml
     mmu_lock: Words
     """See `guestd.mmu_lock`."""
     state: Words
@@ -135,7 +137,8 @@ def new_machine(
         ept=memory.ept,
         stamps=memory.stamps,
         table_gva=space.table_gva,
-        ds=new_ds_area(config.vcpus, config.kernel.ds_pages, sampling, costs),
+        ds=new_ds_area(config.vcpus, config.kernel.ds_pages, sampling, costs, _host_buffer(config, memory)),
+        pml=new_pml(config.vcpus, memory.dirty, config.host.pml, costs),
         mmu_lock=new_mmu_lock(),
         state=state,
         latency_ps=np.zeros((2, 2), np.int64),
@@ -145,3 +148,9 @@ def new_machine(
         price=np.zeros(PRICES, np.int64),
         counters=new_counters(),
     )
+
+
+def _host_buffer(config: GuestConfig, memory: VmMemory) -> Words | None:
+    """This VM's part of the host's PEBS buffer, if records go there (``host.pebs=shared``)."""
+    area = memory.pebs.size // config.fleet_vcpus
+    return memory.pebs[config.first_vcpu * area :] if area else None

@@ -114,21 +114,32 @@ def build_report(guest: Guest) -> dict[str, Any]:
         },
         "time": {name.removesuffix("_ps") + "_s": value / PS_PER_S for name, value in clock.items()},
         "vcpu_time": [
-            {"clock_ps": int(row[CLOCK]) - guest.started_ps,
+            {"clock_ps": int(row[CLOCK]) - guest.booted_ps,
              **{index.name.removeprefix("time__"): int(ledger[index - C.time__think_ps])
                 for index in C if index.name.startswith("time__")}}
             for row, ledger in zip(machine.vcpus.field, machine.vcpus.ledger, strict=True)
         ],
         "process_cpu": {"meter_s": int(meter.book[CALLS]) * meter_cost_ns() / 1e9},
-        "integrity": {"pages_checked": guest.pages_checked, **whole["integrity"]},
+        "integrity": {
+            "pages_checked": guest.pages_checked,
+            **whole["integrity"],
+            "pages_brought_back": guest.pages_brought_back,
+        },
         "populate": {
             "vmstat": before["vmstat"],
             "kvm": {**before["kvm"], "exits": before["exit"]},
             "flushes": flush_totals(before["vmstat"], before["kvm"]),
         },
     }  # fmt: skip
-    if guest.sampling:
-        report["pebs"] = {**groups["pebs"], "period": guest.sampling.load_period}
+    if guest.sampling or config.host.pebs == "shared":
+        report["pebs"] = {**groups["pebs"], **guest.perf.pmu.report()}
+    if config.host.pml:
+        entries = whole["pml"]["entries"]
+        report["pml"] = {
+            "entries": entries,
+            "full_exits": whole["exit"]["pml_full"],
+            "useless_ratio": whole["pml"]["useless"] / max(1, entries),
+        }
     if heat is not None and config.fast_pages:
         report["hotness"] = score(heat, pages_in_fast(guest), config.fast_pages)
     return report

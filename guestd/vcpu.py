@@ -26,9 +26,6 @@ LAST_BLOCK = 3
 """256-byte block of the access before."""
 TAG_LEFT = 4
 """Loads until the load-latency facility tags one."""
-LOAD_COUNT = 5
-"""Tagged loads above the threshold since the last record."""
-STORE_COUNT = 6
 DS_INDEX = 7
 """Records in the DS area."""
 CONTEXT = 8
@@ -45,7 +42,7 @@ IDLE = 13
 RANDOM = 14
 """State of the load-tagging generator."""
 DS_FAULT = 15
-"""gPA frame + 1 of a DS page whose record met an EPT violation; 0 = none."""
+"""Index + 1 of the first record that met an EPT violation; 0 = none."""
 HUGE_SEEN = 16
 """1 when a 2 MiB translation was ever entered, so that look-ups search those arrays too."""
 KTHREAD_START = 17

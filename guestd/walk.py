@@ -16,12 +16,13 @@ not meet its own page-table lines in a cache line by line, their places are expe
 from typing import NamedTuple
 
 from guestd.jit import assume, inline, int32
+from guestd.pml import Pml, set_dirty
 from guestd.tlb import CONTEXT_BITS
 from proto.arrays import Bytes, Ints, Words
 from proto.costs import Costs
+from proto.counters import Counters
 from proto.entry import (
     ACCESSED,
-    DIRTY,
     FRAME_MASK,
     FRAME_SHIFT,
     HUGE,
@@ -176,7 +177,8 @@ def ept_walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables
 
 @inline
 def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, chain: Words, ept: Words, table: int,
-         frame: int, context: int, eptp: int, slow_frames: int, epoch: int, price: Words) -> int:  # fmt: skip
+         frame: int, context: int, eptp: int, slow_frames: int, epoch: int, price: Words, pml: Pml, vcpu: int,
+         counters: Counters) -> int:  # fmt: skip
     """Walk to a page of leaf table ``table`` (or to its 2 MiB page) whose data lie in gPA ``frame``.
 
     ``tags``, ``turn``: the vCPU's walk caches, int32[slots] and uint8[slots / 4]; ``chain``: int64[6] scratch.
@@ -228,7 +230,7 @@ def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, ch
                         chain[5] = base
                         result = UNBACKED
                         break
-                    ept[base] = entry | ACCESSED | DIRTY
+                    set_dirty(pml, vcpu, ept, base, 1, counters)
                     lies_slow = TABLE_SLOW if ((entry & FRAME_MASK) >> FRAME_SHIFT) >= slow_frames else 0
                     kept = upper[number] & ~(TABLE_SLOW | TABLE_SEEN_MASK)
                     upper[number] = kept | lies_slow | (epoch << TABLE_SEEN_SHIFT)

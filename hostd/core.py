@@ -14,12 +14,13 @@ from guestd.meter import STAGES
 from guestd.tiering.registry import policies
 from hostd.contention import Contention
 from hostd.errors import RefusedMessage
+from hostd.pebs_buffer import PebsLeak
 from hostd.vm import Accounts, Vm
 from proto.config import GuestConfig, HostConfig
 from proto.counters import COUNTERS, flush_totals, split
 from proto.layout import VmMemory
 from proto.messages import Advance, Bye, EptFault, Failed, Hello, Mapped, Stop, Tick, ToGuest, ToHost, Welcome
-from proto.units import PS_PER_S
+from proto.units import PAGE_SIZE, PS_PER_S
 
 Out = list[tuple[int, ToGuest]]
 """Messages to send, with the VM that each is for."""
@@ -48,6 +49,9 @@ class HostCore:
         self._peak = [0, 0]
         self._loads: list[tuple[int, int]] = []
         self._stopping = False
+        self._leak: PebsLeak | None = None
+        self._foreign_records: dict[int, int] = {}
+        """VM -> PEBS records of other VMs that it could read at its last barrier."""
         self.reports: dict[int, dict[str, Any]] = {}
         self.failures: list[dict[str, Any]] = []
 
@@ -60,6 +64,8 @@ class HostCore:
         """VM ``vm`` has its memory."""
         config = self._guests[vm]
         self.vms[vm] = Vm(config, policies()[config.policy], memory)
+        if self._config.kernel.pebs == "shared" and self._leak is None:
+            self._leak = PebsLeak(list(self._guests.values()), memory.pebs)
 
     def receive(self, vm: int, message: ToHost) -> Out:
         """Act on a message of VM ``vm``. Raises RefusedMessage, having changed nothing."""
@@ -94,7 +100,8 @@ class HostCore:
         return [(vm, Welcome(config=self._guests[vm])), *self._barrier()]
 
     def _ept_fault(self, vm: int, message: EptFault) -> Mapped:
-        if vm not in self._running or vm in self._ticked:
+        # A VM that is told to stop while it waits at the barrier may still read all its memory, to check it.
+        if vm not in self._running or (vm in self._ticked and not self._stopping):
             raise RefusedMessage("an EPT fault outside a quantum")
         if len(message.gpfns) % 8 or len(message.write) != len(message.gpfns) // 8:
             raise RefusedMessage("gpfns must be int64[n] and write uint8[n]")
@@ -151,6 +158,8 @@ class HostCore:
         self._now_ps, self._until_ps = self._until_ps, self._until_ps + quantum
         self._ticked.clear()
         running = sorted(self._running)
+        if self._leak is not None:
+            self._foreign_records |= self._leak.foreign_records(running)
         latencies = self._contention.latencies()
         budgets = self._contention.budgets(running, quantum)
         self._contention.keep(running)
@@ -180,11 +189,37 @@ class HostCore:
         """At a barrier, where it does not depend on whose faults the host saw first."""
         self._peak = [max(pair) for pair in zip(self._peak, self._used(), strict=True)]
 
+    def _overcommit(self) -> dict[str, Any]:
+        """What all VMs were promised, against what it took to back them: what a populated, pinned VM denies a host."""
+        backed = sum(vm.backed_pages for vm in self.vms.values())
+        promised = sum(guest.fast_pages + guest.slow_pages for guest in self._guests.values())
+        return {
+            "promised_bytes": promised * PAGE_SIZE,
+            "backed_bytes": backed * PAGE_SIZE,
+            "touched_bytes": sum(vm.touched() for vm in self.vms.values()) * PAGE_SIZE,
+            "pinned_bytes": sum(vm.pinned_pages for vm in self.vms.values()) * PAGE_SIZE,
+            "ratio": promised / max(1, backed),
+        }
+
     def _with_host_part(self, vm: int, report: dict[str, Any]) -> dict[str, Any]:
-        """A host-side design's work on the VM: kernel counters of the host, CPU of its threads."""
+        """What the host knows of the VM: its memory, what threads did for it, and a host-side design's work."""
         state = self.vms[vm]
-        if not state.flat:
-            return report
+        report["memory"] = report.get("memory", {}) | {
+            "backed_bytes": state.backed_pages * PAGE_SIZE,
+            "touched_bytes": state.touched() * PAGE_SIZE,
+            "pinned_bytes": state.pinned_pages * PAGE_SIZE,
+        }
+        if self._leak is not None:
+            report["pebs"]["foreign_records_visible"] = self._foreign_records[vm]
+        if state.swap is not None:
+            report["swap"] = state.swap.report()
+            report["swap"]["in_pages"] -= report["integrity"]["pages_brought_back"]
+        if state.dirty_log is not None:
+            report["pml"]["harvested_pages"] = state.dirty_log.harvested_pages
+        return self._with_tiering(state, report) if state.flat else report
+
+    def _with_tiering(self, state: Vm, report: dict[str, Any]) -> dict[str, Any]:
+        """A host-side design's work on a VM: kernel counters of the host, CPU of its threads."""
         before = state.populated or Accounts(state.counters, state.meter.book, state.meter.modelled_ps)
         mine = split(state.counters - before.counters)
         for part, counters in ((report, mine), (report["populate"], split(before.counters))):
@@ -249,5 +284,6 @@ class HostCore:
                 ],
             },
             "virtual_s": self._now_ps / PS_PER_S,
+            "overcommit": self._overcommit(),
             "tiers": tiers,
         }  # fmt: skip

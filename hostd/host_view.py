@@ -19,9 +19,11 @@ from proto.config import GuestConfig
 from proto.costs import copy_ps
 from proto.counters import C, Counters
 from proto.entry import DIRTY, FRAME_MASK, FRAME_SHIFT, PROTNONE, WRITABLE, YOUNG
-from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP, OPERATION, VmMemory
+from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP, OPERATION, VmMemory
 from proto.units import PAGE_SHIFT, PAGE_SIZE
 
+Operations = np.ndarray[tuple[int], np.dtype[np.void]]
+"""OPERATION[n]"""
 PUD_PAGES = 1 << 18
 """change_pmd_range notifies once per PUD-sized range: 1 GiB of 4 KiB pages (mm/mprotect.c)."""
 
@@ -38,6 +40,21 @@ def _count_slow(ept: Words, half: int, first: int, count: int) -> int:
 
 
 @metered
+def _take_bitmap(bitmap: Words, out: Words) -> int:
+    """The numbers of the bits that are set, which are cleared; returns how many."""
+    found = 0
+    for word in range(bitmap.size):
+        bits = bitmap[word]
+        if bits != 0:
+            bitmap[word] = 0
+            for bit in range(64):
+                if (bits >> bit) & 1:
+                    out[found] = 64 * word + bit
+                    found += 1
+    return found
+
+
+@metered
 def _move_now(ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Ints, targets: Ints) -> None:
     """Copy and remap pages that are not mapped (their VM waits in an EPT fault), and free the sources."""
     for i in range(pages.size):
@@ -48,14 +65,19 @@ def _move_now(ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Int
 
 
 class HostView(PageView):
-    """See the module. ``in_fault``: the VM waits for the answer to an EPT fault."""
+    """See the module. ``in_fault``: the VM waits for the answer to an EPT fault.
+
+    ``operations``: the queue of another view of the same VM, if this one's thread is not the only one at work on it.
+    """
 
     def __init__(self, config: GuestConfig, memory: VmMemory, nodes: Nodes, meter: Meter, counters: Counters,
-                 schedule: Callable[[str, int], None], events: EventLog) -> None:  # fmt: skip
+                 schedule: Callable[[str, int], None], events: EventLog,
+                 operations: list[Operations] | None = None) -> None:  # fmt: skip
         super().__init__(nodes, memory.ept, meter, config.costs, counters, config.vcpus, config.total_pages, schedule)
         self._stamps = memory.stamps
+        self._dirty = memory.dirty
         self.hint_fault_ps = config.costs.host_hint_fault_ps
-        self._operations: list[np.ndarray[tuple[int], np.dtype[np.void]]] = []
+        self.operations: list[Operations] = [] if operations is None else operations
         self._moving: list[tuple[Words, Ints, Ints]] = []
         """Moves to come: (times, frames they leave, frames they go to), each in order of time."""
         self._events = events
@@ -72,7 +94,7 @@ class HostView(PageView):
         records["time_ps"], records["kind"], records["flags"] = times, kind, flags
         records["a"], records["b"] = a, b
         records["hold_ps"], records["busy_ps"] = self._request_ps(), busy_ps
-        self._operations.append(records)
+        self.operations.append(records)
 
     def stall(self, vcpu: int, start_ps: int, duration_ps: int) -> None:
         """The VM's thread for ``vcpu`` does the host's work (task context) instead of running the guest."""
@@ -80,12 +102,12 @@ class HostView(PageView):
 
     def take_operations(self, until_ps: int) -> bytes:
         """Operations due before ``until_ps``, in order of time; later ones stay."""
-        if not self._operations:
+        if not self.operations:
             return b""
-        pending = np.concatenate(self._operations)
+        pending = np.concatenate(self.operations)
         pending = pending[np.argsort(pending["time_ps"], kind="stable")]
         due = int(np.searchsorted(pending["time_ps"], until_ps))
-        self._operations = [pending[due:]] if due < pending.size else []
+        self.operations[:] = [pending[due:]] if due < pending.size else []
         return pending[:due].tobytes()
 
     def settle(self, now_ps: int) -> None:
@@ -115,6 +137,41 @@ class HostView(PageView):
             nothing = np.zeros(young, np.int64)
             self._emit(OP_FLUSH, times, nothing, nothing)
             self.meter.charge(each * young)
+
+    def _flush_dirty(self, pages: Words) -> None:
+        nothing = np.zeros(1, np.int64)
+        self._emit(OP_FLUSH, np.array([self.now], np.int64), nothing, nothing)
+        self.meter.charge(self._request_ps())
+
+    def request_harvest(self) -> None:
+        """Harvest the dirty log (PML) now: `harvest_dirty` has its pages after the barrier that follows.
+
+        KVM_GET_DIRTY_LOG: all vCPUs are kicked, so that their logs are in the bitmap; its pages' D bits are cleared;
+        one flush request. Without ``host.pml`` nothing is ever logged.
+        """
+        nothing = np.zeros(1, np.int64)
+        self._emit(OP_HARVEST, np.array([self.now], np.int64), nothing, nothing)
+        self.meter.charge(self._request_ps())
+
+    def harvest_dirty(self) -> Words:
+        """gPA pages (int64[n], rising) that harvests before this barrier took, page tables too; costs a PTE each."""
+        out = np.empty(self._table.size, np.int64)
+        count = int(_take_bitmap(self.meter.book, self._dirty[1], out))
+        self.meter.charge(self.costs.scan_pte_ps * count)
+        return out[:count].copy()
+
+    def unmap(self, pages: Words, cost_ps: int) -> Words:
+        """Take pages (int64[n]) from the VM, each with a zap and flush of its own, and ``cost_ps`` more work.
+
+        What reclaim does before it swaps out, and how a page that a balloon gave up leaves the EPT. Returns when each
+        is zapped, ps (int64[n]). Until the caller has disposed of the frames they are busy: nobody moves them.
+        """
+        each = cost_ps + self.costs.zap_pte_ps + self._request_ps()
+        times = self.now + each * np.arange(pages.size, dtype=np.int64)
+        self._emit(OP_ZAP, times, pages, np.ones(pages.size, np.int64))
+        self.nodes.flags[self.frames(pages)] |= F_BUSY
+        self.meter.charge(each * pages.size)
+        return times
 
     def protect(self, first: int, count: int) -> int:
         count = self._clip(first, count)

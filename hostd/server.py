@@ -23,7 +23,7 @@ from hostd.publisher import Publisher
 from hostd.session import Core, Outgoing, Refusal, Session
 from hostd.watchdog import Watchdog
 from proto import transport
-from proto.config import GuestConfig, HostConfig
+from proto.config import GuestConfig, HostConfig, pebs_buffer_bytes
 from proto.control import (
     Broken,
     Channel,
@@ -38,7 +38,7 @@ from proto.control import (
     ToHostControl,
 )
 from proto.errors import EndpointError, SegmentError
-from proto.handover import Arrivals, Pending, new_secrets
+from proto.handover import Arrivals, PebsBuffer, Pending, new_secrets
 from proto.layout import VmMemory
 from proto.log import LineLog
 from proto.messages import MAX_MESSAGE, Advance, Bye, EptFault, Failed, Hello, Stop, Tick, ToHost
@@ -106,6 +106,9 @@ class HostServer:
         self._cut = Watchdog(cut_grace_s, time.monotonic())
         self._publisher = Publisher(len(guests), config.sample_ps, self._tell)
         self._pending: dict[int, Pending] = {}
+        self._pebs = PebsBuffer(pebs_buffer_bytes(guests)) if config.kernel.pebs == "shared" else None
+        self._awaited = set(self._guests)
+        """Guests that have not been given their memory."""
         self._connections: dict[int, int] = {}
         self._condemned: dict[int, tuple[str, str]] = {}
         self._dead: dict[int, tuple[Ended, float]] = {}
@@ -165,8 +168,9 @@ class HostServer:
         if arrived is None:
             raise Terminated("the zygote is gone")
         vm, sock = arrived
+        self._awaited.discard(vm)
         try:
-            pending = Pending(self._guests[vm], self._secrets[vm], sock, self._endpoint, self._server_key)
+            pending = Pending(self._guests[vm], self._secrets[vm], sock, self._endpoint, self._server_key, self._pebs)
         except SegmentError as error:
             sock.close()
             self._condemn(vm, "memory", str(error))
@@ -174,6 +178,8 @@ class HostServer:
         except OSError:
             sock.close()  # it died this early; who reaps it will say so
             return
+        if self._pebs is not None and not self._awaited:
+            self._pebs.close()
         # Now, not when the guest has mapped it: its hello may overtake that word, on the other channel.
         self._core.attach(pending.vm, pending.memory)
         self._pending[pending.fileno()] = pending

@@ -1,7 +1,8 @@
 """One VM as the host keeps it: its EPT, its share of each tier, and the host-side tiering that manages it.
 
 Static provisioning: a VM owns `fast_pages` frames of the fast tier and `slow_pages` of the slow one; the free lists are
-the mutable state of that share. Frame slots and gPA frames are numbered alike (proto.layout): in a guest-delegated
+the mutable state of that share. It is backed at a guest's first touch, or whole and for good before the guest runs
+(``host.populate``). Frame slots and gPA frames are numbered alike (proto.layout): in a guest-delegated
 design gPA node 0 is backed by the fast tier and node 1 by the slow one; in a host-side design the guest has one flat
 node, and first touch takes fast frames until the low watermark (Linux allocation order).
 """
@@ -18,12 +19,14 @@ from guestd.meter import HOST_THREAD, TASK, Meter
 from guestd.mm.nodes import FAST, NO_PAGE, SLOW, Nodes, allocate, lru_add, new_nodes, take_free
 from guestd.params import resolve
 from guestd.tiering.policy import Policy, Tiering
+from hostd.dirty_log import DirtyLog
 from hostd.errors import RefusedMessage
 from hostd.host_view import HostView
-from proto.arrays import Words
-from proto.config import GuestConfig
+from hostd.swap import Swap
+from proto.arrays import Bytes, Words
+from proto.config import GuestConfig, launch_ps
 from proto.counters import C, Counters, new_counters
-from proto.entry import FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
+from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.layout import VmMemory, gpa_pages
 from proto.units import PS_PER_S
 
@@ -32,10 +35,14 @@ BACKED = WRITABLE
 
 
 @kernel
-def _back(ept: Words, nodes: Nodes, gpfns: Words, flat: bool, costs: Words, hints: Words, out: Words) -> int:
+def _back(
+    ept: Words, stamps: Words, nodes: Nodes, gpfns: Words, flat: bool, content: Words, away: Bytes, costs: Words,
+    hints: Words, out: Words,
+) -> int:  # fmt: skip
     """Serve EPT violations, for which there are frames enough; returns the hint faults listed in ``hints``.
 
-    ``costs``: int64[2], violation with the page there, and with allocation; ``out``: int64[n] cost of each.
+    ``content``, ``away``: of `hostd.swap.Swap`, or empty; ``costs``: int64[3], violation with the page there, with
+    allocation, with a page swapped in; ``out``: int64[n] cost of each.
     """
     hinted = 0
     half = nodes.page.size // 2
@@ -51,7 +58,13 @@ def _back(ept: Words, nodes: Nodes, gpfns: Words, flat: bool, costs: Words, hint
                 nodes.page[frame] = gpfn
                 lru_add(nodes, frame, 0)
             ept[gpfn] = (np.int64(frame) << FRAME_SHIFT) | PRESENT | WRITABLE
+            # A new page is clear: whatever the frame held is gone.
+            stamps[frame] = 0
             out[i] = costs[1]
+            if away.size > 0 and away[gpfn] != 0:
+                stamps[frame] = content[gpfn]
+                away[gpfn] = 0
+                out[i] = costs[2]
         elif (entry & PROTNONE) != 0:
             hints[hinted] = i
             hinted += 1
@@ -60,6 +73,16 @@ def _back(ept: Words, nodes: Nodes, gpfns: Words, flat: bool, costs: Words, hint
             ept[gpfn] = entry | PRESENT
             out[i] = costs[0]
     return hinted
+
+
+@kernel
+def _count_touched(ept: Words, stamps: Words) -> int:
+    """Backed pages that hold something."""
+    touched = 0
+    for entry in ept:
+        if (entry & BACKED) != 0 and stamps[(entry & FRAME_MASK) >> FRAME_SHIFT] != 0:
+            touched += 1
+    return touched
 
 
 class Accounts(NamedTuple):
@@ -95,11 +118,53 @@ class Vm:
         """kswapd is one thread: no tick wakes it before it is through with what it began."""
         self._events = EventLog(config.events_path if self.flat else "", config.vm)
         self.view = HostView(config, memory, self.nodes, self.meter, self.counters, self._schedule, self._events)
+        self.swap: Swap | None = None
+        self.dirty_log: DirtyLog | None = None
+        host = config.host
+        # Pinned pages are never swapped.
+        if host.swap_pages_per_s and not host.populate:
+            self.swap = Swap(memory, self.nodes, host.swap_pages_per_s, config.start_ps, self._thread_view())
+        if host.pml and host.pml_harvest_ps:
+            self.dirty_log = DirtyLog(host.pml_harvest_ps, launch_ps(config), self._thread_view())
+        self._threads = [thread for thread in (self.swap, self.dirty_log) if thread is not None]
+        """The host's threads for this VM beside tiering."""
+        self.pinned_pages = self._populate() if host.populate else 0
+        self.backed_pages = self.pinned_pages
+        """Most frames that backed it at a barrier."""
         params = resolve(policy.params, config.policy_params)
         self.tiering = policy.create(self.view, params) if self.flat else Tiering(self.view, params)
         self.meter.now = config.start_ps
         if self.flat:
             self.tiering.start()
+
+    def _thread_view(self) -> HostView:
+        """A view for a host thread beside tiering, with accounts of its own."""
+        meter = Meter()
+        meter.context = HOST_THREAD
+        return HostView(self.config, self.memory, self.nodes, meter, self.counters, self._schedule, self._events,
+                        self.view.operations)  # fmt: skip
+
+    def _populate(self) -> int:
+        """Back and pin every gPA frame that the guest's kernel manages; returns how many."""
+        config = self.config
+        first = 0 if self.flat else config.total_pages
+        fast = config.total_pages if self.flat else config.fast_pages
+        slow = 0 if self.flat else config.slow_pages
+        gpfns = np.concatenate([np.arange(fast, dtype=np.int64), np.arange(first, first + slow, dtype=np.int64)])
+        self._map(gpfns)
+        return gpfns.size
+
+    def _map(self, gpfns: Words) -> tuple[Words, Words]:
+        """Serve EPT violations: (cost of each, ps; which of them, by index, are hint faults)."""
+        costs, swap, none = self.config.costs, self.swap, np.zeros(0, np.int64)
+        cost, hints = np.zeros(gpfns.size, np.int64), np.zeros(gpfns.size, np.int64)
+        prices = np.array([costs.ept_violation_ps, costs.ept_violation_alloc_ps, costs.swap_in_ps], np.int64)
+        if swap is not None:
+            swap.in_pages += int(swap.away[gpfns].sum())
+        content, away = (swap.content, swap.away) if swap is not None else (none, none.astype(np.uint8))
+        hinted = int(_back(self.memory.ept, self.memory.stamps, self.nodes, gpfns, self.flat, content, away, prices,
+                           hints, cost))  # fmt: skip
+        return cost, hints[:hinted]
 
     def _schedule(self, name: str, at_ps: int) -> None:
         self._sequence += 1
@@ -109,6 +174,11 @@ class Vm:
         """Frames in use, fast and slow."""
         taken = self.nodes.managed - self.nodes.free_count
         return int(taken[0]), int(taken[1])
+
+    def touched(self) -> int:
+        """gPA pages that the guest has written to, wherever they are now."""
+        away = int(self.swap.away.sum()) if self.swap is not None else 0
+        return int(_count_touched(self.memory.ept, self.memory.stamps)) + away
 
     def ept_fault(self, time_ps: int, gpfns: Words) -> Words:
         """Serve EPT violations (int64[n]); cost of each in ps. Raises RefusedMessage, having changed nothing."""
@@ -127,26 +197,35 @@ class Vm:
         free = self.nodes.free_count
         if (sum(need) > int(free.sum())) if self.flat else (need[0] > free[0] or need[1] > free[1]):
             raise RefusedMessage("no frame left in this VM's share; a guest may use what it was given")
-        costs = self.config.costs
-        cost = np.zeros(gpfns.size, np.int64)
-        hints = np.zeros(gpfns.size, np.int64)
-        prices = np.array([costs.ept_violation_ps, costs.ept_violation_alloc_ps], np.int64)
-        hinted = int(_back(self.memory.ept, self.nodes, gpfns, self.flat, prices, hints, cost))
-        if hinted:
+        cost, hints = self._map(gpfns)
+        if hints.size:
             self.meter.now = time_ps
             self.view.in_fault = True
-            extra = self.tiering.on_hint_faults(gpfns[hints[:hinted]])
+            extra = self.tiering.on_hint_faults(gpfns[hints])
             self.view.in_fault = False
-            cost[hints[:hinted]] += extra
+            cost[hints] += extra
         self.cpu_ns += time.thread_time_ns() - began
         return cost
 
     def prepare(self, now_ps: int, until_ps: int) -> bytes:
-        """Run host-side tiering for the coming quantum; the operations that the VM executes in it (`OPERATION`s)."""
+        """Run the host's threads for the coming quantum; the operations that the VM executes in it (`OPERATION`s)."""
         self._until_ps = until_ps
-        if not self.flat or now_ps < self.config.start_ps:
+        self.backed_pages = max(self.backed_pages, sum(self.used()))
+        if now_ps < self.config.start_ps or not (self.flat or self._threads):
             return b""
-        began = time.thread_time_ns()
+        for thread in self._threads:
+            thread.settle(now_ps)
+        if self.flat:
+            began = time.thread_time_ns()
+            self._manage(now_ps, until_ps)
+            self._events.flush()
+            self.cpu_ns += time.thread_time_ns() - began
+        for thread in self._threads:
+            thread.run(now_ps, until_ps)
+        return self.view.take_operations(until_ps)
+
+    def _manage(self, now_ps: int, until_ps: int) -> None:
+        """Host-side tiering for the coming quantum."""
         self.view.settle(now_ps)
         while True:
             timer = self._timers[0][0] if self._timers else until_ps
@@ -168,10 +247,6 @@ class Vm:
                 if mark is not None and asleep and self.view.free(FAST) < self.view.watermark(FAST, mark):
                     self.tiering.on_pressure(self._tick_ps)
                     self._reclaim_end_ps = self.meter.now
-        operations = self.view.take_operations(until_ps)
-        self._events.flush()
-        self.cpu_ns += time.thread_time_ns() - began
-        return operations
 
     def take_traffic(self) -> Words:
         """Bytes that the host moved in EPT faults since the last call (int64[4], as `hostd.contention` orders them)."""
@@ -190,7 +265,9 @@ class Vm:
         requests = int(delta[C.kvm__remote_tlb_flush_requests])
         if requests > 0:
             kicks = int(delta[C.exit__kick])
-            self.view.kicked_permille = max(0, min(1000, 1000 * kicks // (requests * self.config.vcpus)))
+            permille = max(0, min(1000, 1000 * kicks // (requests * self.config.vcpus)))
+            for view in (self.view, *(thread.view for thread in self._threads)):
+                view.kicked_permille = permille
         self.guest_counters = counters.copy()
 
     def close(self) -> None:

@@ -1,9 +1,11 @@
 """What one guest is to be: resolved, complete and valid. Written by fleet, carried by `welcome`, trusted inside."""
 
+from collections.abc import Iterable
+
 from msgspec import Struct
 
 from proto.costs import Costs
-from proto.units import PS_PER_S, PS_PER_US
+from proto.units import PAGE_SIZE, PS_PER_S, PS_PER_US
 
 Scalar = bool | int | float | str
 
@@ -104,6 +106,18 @@ class GuestConfig(Struct, frozen=True):
     """File to which the guest appends its log lines; empty = none."""
     events_path: str
     """File to which the guest appends `proto.events.EVENT` records; empty = none."""
+
+
+def pebs_buffer_bytes(guests: Iterable[GuestConfig]) -> int:
+    """Size of the host's PEBS buffer (``host.pebs=shared``): an area of the largest size for each vCPU of the fleet."""
+    configs = list(guests)
+    return sum(config.vcpus for config in configs) * max(config.kernel.ds_pages for config in configs) * PAGE_SIZE
+
+
+def launch_ps(config: GuestConfig) -> int:
+    """Virtual time at which a VM's vCPUs first run: its start, and what populating its memory takes."""
+    pages = config.fast_pages + config.slow_pages if config.host.populate else 0
+    return config.start_ps + pages * config.costs.populate_page_ps
 
 
 class HostConfig(Struct, frozen=True):

@@ -195,6 +195,8 @@ class Handover(Struct):
     endpoint: str
     server_key: bytes
     """CURVE public key of the host; empty without CURVE."""
+    pebs_bytes: int = 0
+    """Size of the host's PEBS buffer, whose descriptor then comes along too (``host.pebs=shared``)."""
 
 
 MAX_HANDOVER = 4096

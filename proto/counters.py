@@ -68,6 +68,7 @@ class C(IntEnum):
     exit__pmi = auto()
     exit__host_task = auto()
     exit__preempted = auto()
+    exit__pml_full = auto()
 
     instr__invlpg = auto()
     instr__invpcid_0 = auto()
@@ -86,6 +87,9 @@ class C(IntEnum):
     pebs__drains = auto()
     pebs__drained_records = auto()
     pebs__ept_violations = auto()
+
+    pml__entries = auto()
+    pml__useless = auto()
 
     time__think_ps = auto()
     """Compute between accesses. All of this group: vCPU time, kept in the vCPUs' ledgers."""

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Mapping
 
 import msgspec
+import numpy as np
 
 from proto import memfd
 from proto.config import GuestConfig
@@ -43,26 +44,49 @@ def announce(sock: socket.socket, vm: int, end: socket.socket) -> None:
     socket.send_fds(sock, [vm.to_bytes(_VM_BYTES, "little", signed=True)], [end.fileno()])
 
 
+class PebsBuffer:
+    """The host's PEBS buffer that all guests map too (``host.pebs=shared``), made by the host. Raises SegmentError.
+
+    What the emulator never does by itself: it is here to show what a design would leak that had such a buffer.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.fd = memfd.create("pebs", size)
+        self.words = np.frombuffer(memfd.map_shared(self.fd, size), np.int64)
+
+    def close(self) -> None:
+        """Close the descriptor, once every guest has it; the mapping stays."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
 class Pending:
     """A guest that was given its memory and has not said yet that it mapped it."""
 
     def __init__(
-        self, guest: GuestConfig, secret: bytes, sock: socket.socket, endpoint: str, server_key: bytes
-    ) -> None:
+        self, guest: GuestConfig, secret: bytes, sock: socket.socket, endpoint: str, server_key: bytes,
+        pebs: PebsBuffer | None = None,
+    ) -> None:  # fmt: skip
         """Make, map and pass the guest's memory. Raises SegmentError; OSError if the guest is gone."""
         self.vm = guest.vm
         self._socket = sock
         size = segment_bytes(guest.total_pages)
         self._fd = memfd.create(f"vm{guest.vm}", size)
         self.memory: VmMemory = view_segment(memfd.map_shared(self._fd, size), guest.total_pages)
+        if pebs is not None:
+            self.memory = self.memory._replace(pebs=pebs.words)
         handover = Handover(
             vm=guest.vm,
             secret=secret,
             total_pages=guest.total_pages,
             endpoint=endpoint,
             server_key=server_key,
+            pebs_bytes=0 if pebs is None else pebs.size,
         )
-        socket.send_fds(sock, [msgspec.msgpack.encode(handover)], [self._fd])
+        fds = [self._fd] if pebs is None else [self._fd, pebs.fd]
+        socket.send_fds(sock, [msgspec.msgpack.encode(handover)], fds)
 
     def fileno(self) -> int:
         """Descriptor to poll: readable when the guest mapped its memory, or died."""
@@ -92,13 +116,17 @@ class Pending:
 
 def accept(sock: socket.socket) -> tuple[Handover, VmMemory]:
     """The guest's side: receive, map, acknowledge, close both. Raises SegmentError, EOFError if the host is gone."""
-    data, fds, _, _ = socket.recv_fds(sock, MAX_HANDOVER, 1)
+    data, fds, _, _ = socket.recv_fds(sock, MAX_HANDOVER, 2)
     if not fds:
         raise EOFError("the host closed the socket before it handed over the memory")
     handover = msgspec.msgpack.decode(data, type=Handover)
     size = segment_bytes(handover.total_pages)
     memory = view_segment(memfd.map_shared(fds[0], size), handover.total_pages)
-    os.close(fds[0])
+    if handover.pebs_bytes:
+        words = np.frombuffer(memfd.map_shared(fds[1], handover.pebs_bytes), np.int64)
+        memory = memory._replace(pebs=words)
+    for fd in fds:
+        os.close(fd)
     sock.send(b"m")
     sock.close()
     return handover, memory

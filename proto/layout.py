@@ -1,9 +1,9 @@
 """Layout of a VM's shared segment, of host operations, and of event records.
 
-One segment (a sealed memfd) per VM, mapped by the host and by that guest only: its EPT and the stamps of its frames. A
-VM's frames are a window of host-physical memory: slot s of the window is hPA frame ``window + s``; slots below
-`fast_capacity` are fast, the others slow. Capacity is the VM's whole memory in each tier (as the double balloon sizes
-its nodes), of which the provisioner backs only a share; untouched slots cost nothing.
+One segment (a sealed memfd) per VM, mapped by the host and by that guest only: its EPT, the stamps of its frames, its
+dirty bitmaps. A VM's frames are a window of host-physical memory: slot s of the window is hPA frame ``window + s``;
+slots below `fast_capacity` are fast, the others slow. Capacity is the VM's whole memory in each tier (as the double
+balloon sizes its nodes), of which the provisioner backs only a share; untouched slots cost nothing.
 """
 
 from typing import NamedTuple
@@ -25,6 +25,8 @@ OP_STALL = 4
 """vCPU a is outside guest mode for b ps: its thread works for the host (task_work before it enters again)."""
 OP_SWAP = 5
 """Zap gPA frames a and b, flush once, exchange their contents' places, to be mapped there at their next faults."""
+OP_HARVEST = 6
+"""Empty all logs of dirty pages, move the bitmap to the row for the host, clear those D bits, and request one flush."""
 
 OPERATION = np.dtype([
     ("time_ps", "<i8"), ("kind", "<i4"), ("flags", "<i4"), ("a", "<i8"), ("b", "<i8"), ("hold_ps", "<i8"),
@@ -52,6 +54,12 @@ class VmMemory(NamedTuple):
     """uint8[gpa_pages / 512]: EPT entries above the leaves: A, D and HUGE bits."""
     ept_pdpte: npt.NDArray[np.uint8]
     """uint8[gpa_pages / 512 / 512, rounded up]: the entries above those, A bits."""
+    dirty: npt.NDArray[np.int64]
+    """int64[2, words]: a bit a gPA page that was logged as dirty (PML). Row 0 since the last harvest, as KVM fills it;
+    row 1 what that harvest took, for the host to read."""
+    pebs: npt.NDArray[np.int64]
+    """int64[words]: with ``host.pebs=shared`` the host's PEBS buffer, one memory for all VMs, an area a vCPU of the
+    fleet; otherwise empty."""
 
 
 def gpa_pages(total_pages: int) -> int:
@@ -59,21 +67,28 @@ def gpa_pages(total_pages: int) -> int:
     return 2 * total_pages
 
 
-def _sizes(total_pages: int) -> tuple[int, int, int]:
-    """Length of EPT (and stamps), of the EPT entries above it, and of those above them."""
+def _sizes(total_pages: int) -> tuple[int, int, int, int]:
+    """Length of EPT (and stamps), of a dirty bitmap in words, of the EPT's PDEs, of its PDPTEs."""
     n = gpa_pages(total_pages)
-    return n, -(-n // TABLE_PAGES), -(-n // TABLE_PAGES**2)
+    return n, -(-n // 64), -(-n // TABLE_PAGES), -(-n // TABLE_PAGES**2)
 
 
 def segment_bytes(total_pages: int) -> int:
-    """Bytes of a VM's segment: EPT and stamps over two nodes/tiers of the VM's whole size."""
-    leaves, pdes, pdptes = _sizes(total_pages)
-    return 16 * leaves + pdes + pdptes
+    """Bytes of a VM's segment: EPT and stamps over two nodes/tiers of the VM's whole size, and the dirty bitmaps."""
+    leaves, bitmap, pdes, pdptes = _sizes(total_pages)
+    return 16 * (leaves + bitmap) + pdes + pdptes
 
 
 def view_segment(buffer: memoryview | bytearray, total_pages: int) -> VmMemory:
     """The arrays of a segment laid over ``buffer`` (no copy)."""
-    leaves, pdes, pdptes = _sizes(total_pages)
-    words = np.frombuffer(buffer, np.int64, 2 * leaves)
-    upper = np.frombuffer(buffer, np.uint8, pdes + pdptes, 16 * leaves)
-    return VmMemory(words[:leaves], words[leaves:], upper[:pdes], upper[pdes:])
+    leaves, bitmap, pdes, pdptes = _sizes(total_pages)
+    words = np.frombuffer(buffer, np.int64, 2 * (leaves + bitmap))
+    upper = np.frombuffer(buffer, np.uint8, pdes + pdptes, words.nbytes)
+    return VmMemory(
+        ept=words[:leaves],
+        stamps=words[leaves : 2 * leaves],
+        ept_pde=upper[:pdes],
+        ept_pdpte=upper[pdes:],
+        dirty=words[2 * leaves :].reshape(2, bitmap),
+        pebs=np.zeros(0, np.int64),
+    )

@@ -129,6 +129,9 @@ def _report(guest: GuestConfig) -> dict[str, Any]:
             "total_bytes": guest.total_pages * PAGE_SIZE,
             "fast_bytes": guest.fast_pages * PAGE_SIZE,
             "slow_bytes": guest.slow_pages * PAGE_SIZE,
+            "backed_bytes": 48 * MIB,
+            "touched_bytes": 47 * MIB,
+            "pinned_bytes": 0,
             "rss_bytes": 90 * MIB,
             "private_bytes": 60 * MIB,
         },
@@ -207,6 +210,13 @@ def _host() -> dict[str, Any]:
             {"name": "DDR4", **tier, "utilisation": 0.02, "loaded_latency_ns": 82.5},
             {"name": "PMEM", **tier, "utilisation": 0.31, "loaded_latency_ns": 344.0},
         ],
+        "overcommit": {
+            "promised_bytes": 128 * MIB,
+            "backed_bytes": 96 * MIB,
+            "touched_bytes": 94 * MIB,
+            "pinned_bytes": 0,
+            "ratio": 128 / 96,
+        },
         "hypercalls_per_s": 310.0,
         "refused": {"malformed": 0},
     }

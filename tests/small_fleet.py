@@ -29,7 +29,7 @@ ENGINE = EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=1024)
 def small_guest(costs: Costs, policy: str = "none", *, params: dict[str, Scalar] | None = None, run_ms: int = 60,
                 pages: int = PAGES, fast: int | None = None, vcpus: int = 2, vm: int = 0, seed: int = 3,
                 start_ms: int = 0, transactions: int = 0, workload: dict[str, Scalar] | None = None,
-                batched_unmap_flush: bool = False) -> GuestConfig:  # fmt: skip
+                batched_unmap_flush: bool = False, host: HostKernel | None = None) -> GuestConfig:  # fmt: skip
     """GUPS on ``pages`` pages. ``params`` None: those with which each mechanism acts within milliseconds."""
     fast = pages // 5 if fast is None else fast
     return GuestConfig(
@@ -59,22 +59,22 @@ def small_guest(costs: Costs, policy: str = "none", *, params: dict[str, Scalar]
             ds_prefault=True,
             batched_unmap_flush=batched_unmap_flush,
         ),
-        host=HostKernel(),
+        host=host or HostKernel(),
         costs=costs,
         log_path="",
         events_path="",
     )
 
 
-def small_host(costs: Costs) -> HostConfig:
+def small_host(costs: Costs, kernel: HostKernel | None = None) -> HostConfig:
     """A host for such guests."""
     costs = msgspec.structs.replace(costs, llc_bytes=LLC_BYTES)
-    return HostConfig(costs=costs, engine=ENGINE, sample_ps=10 * PS_PER_MS)
+    return HostConfig(costs=costs, engine=ENGINE, sample_ps=10 * PS_PER_MS, kernel=kernel or HostKernel())
 
 
 def new_fleet(*guests: GuestConfig) -> InProcessFleet:
     """A fleet of such guests that has not run yet."""
-    return InProcessFleet(small_host(guests[0].costs), list(guests))
+    return InProcessFleet(small_host(guests[0].costs, guests[0].host), list(guests))
 
 
 def run_fleet(*guests: GuestConfig) -> dict[int, dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 from guestd.meter import CLASSIFY, MIGRATE
 from guestd.mm.nodes import FAST, SLOW, WMARK_HIGH
 from guestd.params import Param
-from guestd.tiering.policy import Params, Policy, Sampling, Tiering
+from guestd.tiering.policy import RECORD_GROUPS, Params, Policy, Sampling, Tiering
 from guestd.tiering.range_tree import COUNT, END, START, RangeTree
 from guestd.tiering.view import PageView
 from proto.arrays import Words
@@ -20,10 +20,17 @@ from proto.counters import C
 from proto.units import PAGE_SHIFT, PS_PER_MS
 
 PARAMS = (
-    Param("load_period", 4093, "events", "loads above the threshold per record", "paper 3.2.2", (), 1, 10_000_000),
+    Param("event", "load-latency", "", "loads that are sampled: above a latency threshold, or LLC misses of each tier",
+          "paper 3.2.2: load latency, which is blind to the media", ("load-latency", "llc-miss")),
+    Param("load_period", 4093, "events", "such loads per record (of LLC misses: of each tier)", "paper 3.2.2", (),
+          1, 10_000_000),
     Param("load_latency_ns", 64, "ns", "load-latency threshold", "paper 3.2.2 (in cycles, really)", (), 3, 65535),
     Param("store_period", 0, "events", "stores per record; the released code samples stores too, with 65535",
           "paper: off; released code: 65535", (), 0, 100_000_000),
+    Param("large_pebs", True, "", "interrupt when the buffer is nearly full, not at each record",
+          "arch/x86/events/intel/ds.c, pebs_update_threshold"),
+    Param("record", "memory", "", "record groups beside the basic one", "SDM vol. 3, 20.9.2 (adaptive PEBS)",
+          tuple(RECORD_GROUPS)),
     Param("epoch_ms", 500, "ms", "time between splits (t_split)", "paper 3.2.1", (), 1, 60_000),
     Param("tau_split", 15, "samples", "unit of significance, per vCPU", "paper 3.2.1", (), 1, 1_000_000),
     Param("alpha", 2, "tau_split", "how far a range must stand out from a neighbour", "paper 3.2.1", (), 1, 1000),
@@ -158,7 +165,17 @@ class HyperPlace(Tiering):
 
 
 def _sampling(params: Params) -> Sampling:
-    return Sampling(int(params["load_period"]), int(params["load_latency_ns"]), int(params["store_period"]))
+    period = int(params["load_period"])
+    latency, misses = (period, 0) if params["event"] == "load-latency" else (0, period)
+    return Sampling(
+        load_period=latency,
+        latency_threshold_ns=int(params["load_latency_ns"]),
+        store_period=int(params["store_period"]),
+        fast_miss_period=misses,
+        slow_miss_period=misses,
+        large=bool(params["large_pebs"]),
+        groups=str(params["record"]),
+    )
 
 
 POLICY = Policy(

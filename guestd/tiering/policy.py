@@ -19,12 +19,32 @@ MIB = 1 << 20
 Params = dict[str, Scalar]
 
 
+RECORD_GROUPS = {"memory": 64, "memory+gpr": 208, "memory+gpr+xmm": 464, "memory+gpr+xmm+lbr": 1232}
+"""What a PEBS record holds beside the basic group -> its bytes (adaptive PEBS, SDM vol. 3, 20.9.2: basic 32, memory 32,
+registers 144, XMM 256, 32 LBR entries of 24)."""
+
+
 class Sampling(NamedTuple):
     """What a policy asks of the PMU; a period of 0 switches the event off."""
 
     load_period: int
+    """Tagged loads above the threshold per record (MEM_TRANS_RETIRED.LOAD_LATENCY, 0x1cd)."""
     latency_threshold_ns: int
     store_period: int
+    """Stores per record (MEM_INST_RETIRED.ALL_STORES, 0x82d0)."""
+    fast_miss_period: int = 0
+    """LLC-miss loads that the fast tier served per record (MEM_LOAD_L3_MISS_RETIRED.LOCAL_DRAM, 0x1d3)."""
+    slow_miss_period: int = 0
+    """The same of the slow tier (MEM_LOAD_RETIRED.LOCAL_PMM, 0x80d1)."""
+    large: bool = True
+    """Large PEBS: a PMI when the buffer is nearly full, and a drain at each context switch; else a PMI per record."""
+    groups: str = "memory"
+    """A key of RECORD_GROUPS."""
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record."""
+        return RECORD_GROUPS[self.groups]
 
 
 class PluginError(Exception):

@@ -35,7 +35,7 @@ from guestd.mm.nodes import (
 from proto.arrays import Ints, Mask, Words
 from proto.costs import Costs, copy_ps
 from proto.counters import C, Counters
-from proto.entry import ACCESSED, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE, YOUNG, Entries
+from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE, YOUNG, Entries
 
 _MAPPED = PRESENT | PROTNONE | WRITABLE
 """Any of them set: the page has a frame (a zapped or PROT_NONE entry keeps it)."""
@@ -47,6 +47,20 @@ def _test_and_clear_young(table: Words, pages: Words, out: Mask) -> None:
         entry = table[pages[i]]
         out[i] = (entry & (ACCESSED | YOUNG)) != 0
         table[pages[i]] = entry & ~(ACCESSED | YOUNG)
+
+
+@metered
+def _test_young(table: Words, pages: Words, out: Mask) -> None:
+    for i in range(pages.size):
+        out[i] = (table[pages[i]] & (ACCESSED | YOUNG)) != 0
+
+
+@metered
+def _test_and_clear_dirty(table: Words, pages: Words, out: Mask) -> None:
+    for i in range(pages.size):
+        entry = table[pages[i]]
+        out[i] = (entry & DIRTY) != 0
+        table[pages[i]] = entry & ~DIRTY
 
 
 @metered
@@ -164,12 +178,50 @@ class PageView(ABC):
     # -- observations -------------------------------------------------------------------------------------------
 
     def test_and_clear_young(self, pages: Words) -> Mask:
-        """Read and clear the accessed bits of ``pages`` (int64[n]) found through the reverse map; bool[n]."""
+        """Read and clear the accessed bits of ``pages`` (int64[n]) found through the reverse map; bool[n].
+
+        The kernel's ageing in reclaim, ptep_clear_flush_young_notify; in KVM ``clear_flush_young``
+        (virt/kvm/kvm_main.c). Costs a reverse-map walk and a PTE each; in the host also a flush request per young page
+        (`remote_tlb_flush_requests`), in a guest on x86 none.
+        """
+        young = self.clear_young(pages)
+        self._flush_young(int(young.sum()))
+        return young
+
+    def test_young(self, pages: Words) -> Mask:
+        """Read the accessed bits of ``pages`` (int64[n]) and leave them; bool[n].
+
+        DAMON's look, idle checks; in KVM ``test_young``. Costs a reverse-map walk and a PTE each; flushes nothing.
+        """
+        young = np.zeros(pages.size, np.bool_)
+        _test_young(self.meter.book, self._table, pages, young)
+        self.meter.charge((self.costs.rmap_walk_ps + self.costs.scan_pte_ps) * pages.size)
+        return young
+
+    def clear_young(self, pages: Words) -> Mask:
+        """Read and clear the accessed bits of ``pages`` (int64[n]) without any flush; bool[n].
+
+        DAMON's preparation, idle page tracking, MGLRU's walks; in KVM ``clear_young``. Costs a reverse-map walk and a
+        PTE each. A page that a TLB still translates looks idle the next time, however often it is accessed.
+        """
         young = np.zeros(pages.size, np.bool_)
         _test_and_clear_young(self.meter.book, self._table, pages, young)
         self.meter.charge((self.costs.rmap_walk_ps + self.costs.scan_pte_ps) * pages.size)
-        self._flush_young(int(young.sum()))
         return young
+
+    def test_and_clear_dirty(self, pages: Words) -> Mask:
+        """Read and clear the dirty bits of ``pages`` (int64[n]) in order of address; bool[n].
+
+        Dirty logging by D bits, RAMinate's scan; in KVM kvm_arch_mmu_enable_log_dirty_pt_masked. Costs a PTE each, and
+        one flush for the batch if any was set: a translation that is dirty in a TLB sets no D bit. In the host that is
+        one request for the whole VM, in a guest one shootdown.
+        """
+        dirty = np.zeros(pages.size, np.bool_)
+        _test_and_clear_dirty(self.meter.book, self._table, pages, dirty)
+        self.meter.charge(self.costs.scan_pte_ps * pages.size)
+        if dirty.any():
+            self._flush_dirty(pages[dirty])
+        return dirty
 
     def on_node(self, first: int, count: int, node: int, limit: int) -> Words:
         """Up to ``limit`` pages of [first, first + count) that lie on ``node``, in order of address (int64[n])."""
@@ -313,6 +365,10 @@ class PageView(ABC):
     @abstractmethod
     def _flush_young(self, young: int) -> None:
         """After clearing accessed bits, ``young`` of which were set."""
+
+    @abstractmethod
+    def _flush_dirty(self, pages: Words) -> None:
+        """After clearing the dirty bits of ``pages``, all of which were set (int64[n], n > 0)."""
 
     @abstractmethod
     def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int, protect: bool) -> None:

@@ -478,6 +478,12 @@ def test_the_examples_resolve() -> None:
     assert len(load(folder / "mixed_tenants.toml").guests()) == 4
 
 
+def test_populated_memory_leaves_a_host_side_policy_nothing_to_do() -> None:
+    with pytest.raises(SpecError, match=r"host\.populate: pins all memory, .*'h-tpp'.*host\.populate=false"):
+        make("host.populate=true", policy="h-tpp")
+    assert make("host.populate=true", policy="g-tpp").host_kernel.populate
+
+
 def test_a_host_that_acts_at_barriers_needs_one_a_tick() -> None:
     with pytest.raises(
         SpecError, match=r"4ms is longer than a tick \(1ms at guest.hz=1000\).* set engine.quantum=1ms or less"

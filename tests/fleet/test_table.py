@@ -41,6 +41,17 @@ def test_a_line_per_vm(summary: dict[str, Any]) -> None:
     assert lines[-1] == "results: runs/n"
 
 
+def test_the_price_of_memory_and_a_leak_are_said(summary: dict[str, Any]) -> None:
+    lines = printed(summary)
+    assert "  memory: 128 MiB promised, 96 MiB backed, 94 MiB touched" in lines
+    assert not [line for line in lines if line.startswith("leak")]
+    summary["host"]["overcommit"]["pinned_bytes"] = 64 << 20
+    summary["vms"][1]["pebs"]["foreign_records_visible"] = 77
+    lines = printed(summary)
+    assert "  memory: 128 MiB promised, 96 MiB backed, 64 MiB of it pinned, 94 MiB touched" in lines
+    assert "leak: vm1 could read 77 PEBS records of other VMs (host.pebs=shared)" in lines
+
+
 def test_large_figures_fit_100_columns_without_a_cut(summary: dict[str, Any]) -> None:
     vm = summary["vms"][1]
     vm["flushes"] = {"total": 98_765_432_109, "remote_requests": 987_654_321, "single": 0}

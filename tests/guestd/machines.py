@@ -12,6 +12,7 @@ from guestd.guest import Guest
 from guestd.machine import Machine, S
 from guestd.mmu_lock import new_mmu_lock
 from guestd.pebs import new_ds_area
+from guestd.pml import new_pml
 from guestd.tiering.policy import Sampling
 from guestd.tlb import tlb_geometry
 from guestd.vcpu import LENGTH, POSITION, new_vcpus
@@ -52,7 +53,7 @@ def small_costs(costs: Costs, **changes: object) -> Costs:
 
 
 def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | None = None, guest_levels: int = 4,
-                 ept_levels: int = 4) -> Machine:  # fmt: skip
+                 ept_levels: int = 4, pml: bool = False) -> Machine:  # fmt: skip
     """A machine with the page-table pages of `VMAS`, backed, and its DS areas; no leaf is mapped."""
     state, price = np.zeros(len(S), np.int64), np.zeros(PRICES, np.int64)
     state[S.LEFT] = -1
@@ -67,11 +68,11 @@ def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | N
     price[:] = (3 + np.arange(PRICES)) * PS_PER_NS
     space = AddressSpace(VMAS)
     upper, parent = space.upper_entries(guest_levels)
-    ds = new_ds_area(vcpus, 1, sampling, costs)
+    ds = new_ds_area(vcpus, 2, sampling, costs)
+    buffers = np.arange(ds.gpfn.size)
     ept = np.zeros(GPA_PAGES + 512, np.int64)
-    stamps = np.zeros(SLOTS + vcpus, np.int64)
-    ept[GPA_PAGES : GPA_PAGES + vcpus] = (SLOTS + np.arange(vcpus)) << FRAME_SHIFT | PRESENT | WRITABLE
-    ds.gpfn[:] = GPA_PAGES + np.arange(vcpus).reshape(-1, 1)
+    ept[GPA_PAGES + buffers] = (SLOTS + buffers) << FRAME_SHIFT | PRESENT | WRITABLE
+    ds.gpfn[:] = GPA_PAGES + buffers.reshape(ds.gpfn.shape)
     # Page-table pages lie 150 gPA frames apart, so that some share 2 MiB of gPA and others do not.
     number = np.arange(upper.size)
     gpfns = GPA_PAGES - 1 - 150 * number
@@ -84,9 +85,10 @@ def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | N
         gpt=np.zeros(space.pages, np.int64),
         tables=PageTables(upper, parent, np.zeros(ept.size >> 9, np.uint8), np.zeros(1, np.uint8)),
         ept=ept,
-        stamps=stamps,
+        stamps=np.zeros(SLOTS + buffers.size, np.int64),
         table_gva=space.table_gva,
         ds=ds,
+        pml=new_pml(vcpus, np.zeros((2, ept.size // 64), np.int64), pml, costs),
         mmu_lock=new_mmu_lock(),
         state=state,
         latency_ps=np.array([[69, 60], [300, 177]], np.int64) * PS_PER_NS,
@@ -164,7 +166,7 @@ def start_fleet(
     """
     llc_bytes = 0 if llc_bytes is None else llc_bytes
     costs = msgspec.structs.replace(config.costs, llc_bytes=llc_bytes)
-    host = HostConfig(costs=costs, engine=config.engine, sample_ps=config.sample_ps)
+    host = HostConfig(costs=costs, engine=config.engine, sample_ps=config.sample_ps, kernel=config.host)
     return InProcessFleet(host, [config], make_guest)
 
 

@@ -31,7 +31,7 @@ from proto.entry import (
     WRITABLE,
     YOUNG,
 )
-from proto.layout import OP_FLUSH, OP_STALL, OP_SWAP, OP_ZAP
+from proto.layout import OP_FLUSH, OP_HARVEST, OP_STALL, OP_SWAP, OP_ZAP
 from proto.trace import LLC_HIT, LOAD, STORE
 from tests.guestd.reference_mmu import Mmu, Tables, frame_of, new_mmu
 
@@ -82,12 +82,18 @@ class ReferenceVcpu:
     exit: tuple[int, int] = (0, 0)
     """The last VM exit, [start, end)."""
     flush_at_entry: bool = False
-    load_count: int = 0
-    store_count: int = 0
-    ds_gpfn: int = 0
-    """gPA frame of its DS area, one page."""
-    ds_fault: bool = False
-    """A record waits for the EPT to map that frame."""
+    counts: Counter[int] = field(default_factory=Counter)
+    """Events since the last record, by event."""
+    counted: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """(event, column of `DsArea.counts`) -> number."""
+    ds_gpfns: list[int] = field(default_factory=list)
+    """gPA frames of its DS area."""
+    ds_fault: int = 0
+    """Number of the first record, from 1, that waits for the EPT to map its page; 0: none."""
+    log: list[int] = field(default_factory=list)
+    """Its page-modification log: gPA frames."""
+    due: int = 0
+    """What exits for a full log took, until it is spent."""
     records: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     """(event, time, gVA, slow, latency in ns)"""
     latencies: Counter[int] = field(default_factory=Counter)
@@ -113,7 +119,7 @@ class Reference:
                 mmu=new_mmu(machine, i),
                 random=int(machine.vcpus.field[i, vcpu.RANDOM]),
                 tag_left=int(machine.vcpus.field[i, vcpu.TAG_LEFT]),
-                ds_gpfn=int(machine.ds.gpfn[i, 0]) if machine.ds.gpfn.size else 0,
+                ds_gpfns=machine.ds.gpfn[i].tolist(),
             )
             for i in range(machine.vcpus.field.shape[0])
         ]
@@ -137,6 +143,10 @@ class Reference:
         self.notifier = (0, 0, 0)
         """First and last + 1 gPA frame, end in ps."""
         self.migrating: tuple[tuple[int, ...], int] = ((), 0)
+        self.pml_on, self.pml_exit_ps, self.pml_entry_ps = machine.pml.params.tolist()
+        self.dirty: set[int] = set()
+        """KVM's dirty bitmap."""
+        self.harvested: set[int] = set()
         self.held: Counter[int] = Counter()
         """Bin of mmu_lock's time -> for how long it is held."""
 
@@ -156,6 +166,9 @@ class Reference:
         if write and not guest & host & WRITABLE:
             return None
         refs = cpu.mmu.walk(self.tables, page, self.price)
+        for table in cpu.mmu.dirtied:
+            self._log(cpu, table, useless=True)
+        cpu.mmu.dirtied.clear()
         if refs is None:
             return None
         walks = 1 + access.retries
@@ -167,6 +180,7 @@ class Reference:
         bits = ACCESSED | (DIRTY if write else 0)
         guest_huge = bool(self.tables.upper[page // 512] & HUGE)
         ept_huge = bool(self.tables.ept_pde[gpfn // 512] & HUGE)
+        was_dirty = (self.tables.ept_pde[gpfn // 512] if ept_huge else host) & DIRTY
         if guest_huge:
             self.tables.upper[page // 512] |= bits
         else:
@@ -175,6 +189,8 @@ class Reference:
             self.tables.ept_pde[gpfn // 512] |= bits
         else:
             self.ept[gpfn] |= bits
+        if write and not was_dirty:
+            self._log(cpu, gpfn, useless=False)
         if found:
             cpu.mmu.renew(page, frame_of(host))
         else:
@@ -229,7 +245,37 @@ class Reference:
         ):
             self.counters[name] += int(amount)
         gva = self.table_gva[page // 512] + access.address % (512 * 4096)
-        return self._sample(cpu, kind, gva, slow, latency)
+        reason = self._sample(cpu, kind, gva, slow, latency, hit)
+        if cpu.due:
+            cpu.leave(cpu.clock, cpu.due)
+            cpu.spend("pml_full", cpu.due)
+            cpu.due = 0
+        return reason
+
+    # -- page-modification log ----------------------------------------------------------------------------------
+
+    def _log(self, cpu: ReferenceVcpu, gpfn: int, useless: bool) -> None:
+        """An EPT entry's D bit was set: an entry in the log, after an exit if the log is full."""
+        if not self.pml_on:
+            return
+        if len(cpu.log) == 512:
+            self.counters["exit__pml_full"] += 1
+            cpu.due += self.pml_exit_ps + self._flush_log(cpu)
+        cpu.log.append(gpfn)
+        self.counters["pml__entries"] += 1
+        self.counters["pml__useless"] += useless
+
+    def _flush_log(self, cpu: ReferenceVcpu) -> int:
+        """KVM empties it at an exit; what that takes."""
+        took = len(cpu.log) * self.pml_entry_ps
+        self.dirty |= set(cpu.log)
+        cpu.log.clear()
+        return took
+
+    def _write_kernel_page(self, cpu: ReferenceVcpu, gpfn: int) -> None:
+        if not self.ept[gpfn] & DIRTY:
+            self._log(cpu, gpfn, useless=True)
+        self.ept[gpfn] |= ACCESSED | DIRTY
 
     def _serve_faults(self, cpu: ReferenceVcpu, access: Access, gpfn: int) -> None:
         cpu.spend(PARTS[access.fault_part], access.fault_ps)
@@ -246,7 +292,7 @@ class Reference:
         hold = 0 if self.state[S.TDP_MMU] else self.state[S.MMU_LOCK_PS]
         locked = self._lock(cpu.clock + wait, hold)
         self.counters["kvm__mmu_lock_wait_ps"] += locked
-        outside = access.exit_ps + wait + locked
+        outside = access.exit_ps + self._flush_log(cpu) + wait + locked
         cpu.leave(cpu.clock, outside)
         cpu.spend(PARTS[access.exit_part], outside)
 
@@ -264,38 +310,63 @@ class Reference:
             number += 1
         return wait
 
-    def _sample(self, cpu: ReferenceVcpu, kind: int, gva: int, slow: int, latency: int) -> int:
+    # -- PMU ----------------------------------------------------------------------------------------------------
+
+    def _sample(self, cpu: ReferenceVcpu, kind: int, gva: int, slow: int, latency: int, hit: bool) -> int:
         params = self.params
         fired = []
-        if kind != STORE and params[pebs.P_LOAD_PERIOD]:
-            cpu.tag_left -= 1
-            if cpu.tag_left <= 0:
-                cpu.random = (cpu.random * 1103515245 + 12345) % (1 << 31)
-                cpu.tag_left = 1 + cpu.random // 256 % params[pebs.P_TAG_SPAN]
-                cpu.load_count += latency >= params[pebs.P_THRESHOLD_PS]
-                if cpu.load_count == params[pebs.P_LOAD_PERIOD]:
-                    cpu.load_count = 0
-                    fired.append(pebs.EVENT_LOAD)
-        if kind != LOAD and params[pebs.P_STORE_PERIOD]:
-            cpu.store_count += 1
-            if cpu.store_count == params[pebs.P_STORE_PERIOD]:
-                cpu.store_count = 0
-                fired.append(pebs.EVENT_STORE)
-        service = [self._record(cpu, (event, cpu.clock, gva, slow, latency // 1000)) for event in fired]
-        return PMI if any(service) else REACHED
+        if kind != STORE:
+            if params[pebs.LOAD_LATENCY]:
+                cpu.tag_left -= 1
+                if cpu.tag_left <= 0:
+                    cpu.random = (cpu.random * 1103515245 + 12345) % (1 << 31)
+                    cpu.tag_left = 1 + cpu.random // 256 % params[pebs.P_TAG_SPAN]
+                    if latency >= params[pebs.P_THRESHOLD_PS]:
+                        fired.append(pebs.LOAD_LATENCY)
+            if not hit:
+                fired.append(pebs.SLOW_MISS if slow else pebs.FAST_MISS)
+        if kind != LOAD:
+            fired.append(pebs.STORES)
+        recorded = False
+        for event in fired:
+            if not params[event]:
+                continue
+            cpu.counted[event, pebs.COUNTED] += 1
+            cpu.counts[event] += 1
+            if cpu.counts[event] == params[event]:
+                cpu.counts[event] = 0
+                recorded = True
+                self._record(cpu, event, (1 << event, cpu.clock, gva, slow, latency // 1000))
+                cpu.spend("pebs_record", params[pebs.P_RECORD_PS])
+        return PMI if recorded and (cpu.ds_fault or len(cpu.records) >= params[pebs.P_INTERRUPT]) else REACHED
 
-    def _record(self, cpu: ReferenceVcpu, record: tuple[int, int, int, int, int]) -> bool:
-        cpu.spend("pebs_record", self.params[pebs.P_RECORD_PS])
+    def _record(self, cpu: ReferenceVcpu, event: int, record: tuple[int, int, int, int, int]) -> None:
+        """Write it if there is room."""
         if len(cpu.records) == self.params[pebs.P_MAXIMUM]:
             self.counters["pebs__dropped"] += 1
-            return True
+            cpu.counted[event, pebs.DROPPED] += 1
+            return
+        size = self.params[pebs.P_RECORD_BYTES]
+        start = len(cpu.records) * size
         cpu.records.append(record)
         self.counters["pebs__records"] += 1
-        if self.ept[cpu.ds_gpfn] & PRESENT:
-            self.ept[cpu.ds_gpfn] |= ACCESSED | DIRTY
-        else:
-            cpu.ds_fault = True
-        return cpu.ds_fault or len(cpu.records) >= self.params[pebs.P_INTERRUPT]
+        cpu.counted[event, pebs.RECORDED] += 1
+        for gpfn in cpu.ds_gpfns[start // 4096 : (start + size - 1) // 4096 + 1]:
+            if self.ept[gpfn] & PRESENT:
+                self._write_kernel_page(cpu, gpfn)
+            else:
+                cpu.ds_fault = cpu.ds_fault or len(cpu.records)
+
+    def record_pages(self, cpu: ReferenceVcpu) -> list[int]:
+        """gPA frames of the records that wait."""
+        size = self.params[pebs.P_RECORD_BYTES]
+        return cpu.ds_gpfns[(cpu.ds_fault - 1) * size // 4096 : (len(cpu.records) * size - 1) // 4096 + 1]
+
+    def complete(self, cpu: ReferenceVcpu) -> None:
+        """Their pages are mapped: they are written now."""
+        for gpfn in self.record_pages(cpu):
+            self._write_kernel_page(cpu, gpfn)
+        cpu.ds_fault = 0
 
     # -- vCPUs in turn ------------------------------------------------------------------------------------------
 
@@ -362,6 +433,9 @@ class Reference:
             cpu.spend("host_task", op.b)
             self.counters["exit__host_task"] += 1
             return
+        if op.kind == OP_HARVEST:
+            self._harvest(op.time)
+            return
         zapped = 0
         if op.kind == OP_ZAP:
             zapped = sum([self._zap(gpfn) for gpfn in range(op.a, op.a + op.b)])
@@ -391,6 +465,18 @@ class Reference:
             self.budget[0][source >= self.tables.slow_frames] -= 4096
             self.budget[1][op.b >= self.tables.slow_frames] -= 4096
 
+    def _harvest(self, now: int) -> None:
+        if not self.dirty and not any(cpu.log for cpu in self.vcpus):
+            return
+        self._request(now)
+        for cpu in self.vcpus:
+            cpu.spend("pml_full", self._flush_log(cpu))
+        for gpfn in self.dirty:
+            self.ept[gpfn] &= ~DIRTY
+            self.tables.ept_pde[gpfn // 512] &= ~DIRTY
+        self.harvested |= self.dirty
+        self.dirty = set()
+
     def _swap(self, a: int, b: int) -> None:
         slot_a, slot_b = frame_of(self.ept[a]), frame_of(self.ept[b])
         self.stamps[slot_a], self.stamps[slot_b] = self.stamps[slot_b], self.stamps[slot_a]
@@ -416,8 +502,9 @@ class Reference:
             if not outside:
                 kicked = True
                 self.counters["exit__kick"] += 1
-                cpu.leave(now, self.state[S.VMEXIT_PS] + self.state[S.INVEPT_PS])
-                cpu.spend("kick", self.state[S.VMEXIT_PS])
+                exit_ps = self.state[S.VMEXIT_PS] + self._flush_log(cpu)
+                cpu.leave(now, exit_ps + self.state[S.INVEPT_PS])
+                cpu.spend("kick", exit_ps)
             elif not cpu.idle:
                 cpu.exit = (cpu.exit[0], cpu.exit[1] + self.state[S.INVEPT_PS])
             cpu.flush_at_entry = True
@@ -442,6 +529,7 @@ class Reference:
         assert machine.tables.ept_pdpte.tolist() == self.tables.ept_pdpte
         assert machine.stamps.tolist() == self.stamps
         assert machine.budget.tolist() == self.budget
+        assert (bitmap(machine, 0), bitmap(machine, 1)) == (self.dirty, self.harvested)
         assert (int(machine.state[S.NOW]), int(machine.state[S.LEFT])) == (self.now, self.left)
         for index, cpu in enumerate(self.vcpus):
             row = machine.vcpus.field[index]
@@ -452,10 +540,22 @@ class Reference:
             assert bool(row[vcpu.FLUSH_AT_ENTRY]) == cpu.flush_at_entry
             assert bool(row[vcpu.FRACTURED]) == cpu.mmu.fractured
             assert row[vcpu.DS_INDEX] == len(cpu.records)
-            assert row[vcpu.DS_FAULT] == (cpu.ds_gpfn + 1 if cpu.ds_fault else 0)
+            assert row[vcpu.DS_FAULT] == cpu.ds_fault
+            assert machine.pml.due[index] == cpu.due
+            counts = machine.ds.counts[index]
+            assert {where: int(counts[where]) for where in np.ndindex(counts.shape) if counts[where]} == {
+                where: number for where, number in cpu.counted.items() if number
+            }
+            log = machine.pml.log[index, int(machine.pml.next[index]) + 1 :]
+            assert (log >> 12).tolist()[::-1] == (cpu.log if self.pml_on else [])
             cpu.mmu.assert_same(machine, index)
             taken = machine.ds.of(index, len(cpu.records))
             columns = ("applicable_counters", "tsc", "address", "data_source", "latency")
             assert [tuple(int(record[name]) for name in columns) for record in taken] == cpu.records
             histogram = machine.vcpus.histogram[index]
             assert {int(bin_): int(histogram[bin_]) for bin_ in np.flatnonzero(histogram)} == dict(cpu.latencies)
+
+
+def bitmap(machine: Machine, row: int) -> set[int]:
+    """gPA frames whose bits are set in a row of the dirty bitmap."""
+    return set(np.flatnonzero(np.unpackbits(machine.pml.dirty[row].view(np.uint8), bitorder="little")).tolist())

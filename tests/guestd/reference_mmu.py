@@ -126,6 +126,8 @@ class Mmu:
     current: int = 0
     fractured: bool = False
     huge_seen: bool = False
+    dirtied: list[int] = field(default_factory=list)
+    """gPA frames of tables whose EPT entry got its D bit, until somebody logs them."""
 
     # -- look-up and fill ---------------------------------------------------------------------------------------
 
@@ -219,6 +221,8 @@ class Mmu:
             return True
         if not tables.ept[frame] & PRESENT:
             return False
+        if not tables.ept[frame] & DIRTY:
+            self.dirtied.append(frame)
         tables.ept[frame] |= ACCESSED | DIRTY
         refs += self._ept_walk(tables, frame, price)
         self.nested.enter((frame, self.context[0]))

@@ -16,7 +16,7 @@ from guestd.instructions import ANY, GLOBAL
 from guestd.jit import kernel
 from guestd.kvm import ept_changed
 from guestd.machine import Machine, S
-from guestd.pebs import P_INTERRUPT, P_MAXIMUM
+from guestd.pebs import P_INTERRUPT, P_MAXIMUM, Pebs
 from guestd.tiering.policy import Sampling
 from guestd.tiering.registry import policies
 from proto.config import HostKernel, Scalar
@@ -32,7 +32,7 @@ from proto.entry import (
     STAMP_PAGE_SHIFT,
     WRITABLE,
 )
-from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP, OPERATION
+from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP, OPERATION
 from proto.trace import LLC_HIT, LOAD, MODIFY, STORE
 from proto.units import PS_PER_MS, PS_PER_S
 from tests.guestd.machines import GPA_PAGES, SLOTS, TABLES, bare_machine, guest_config, run_guest, small_costs
@@ -68,6 +68,7 @@ class Segment(NamedTuple):
     guest: list[tuple[str, int]]
 
 
+HOST_OPERATIONS = (OP_FLUSH, OP_ZAP, OP_MOVE, OP_SWAP, OP_STALL, OP_HARVEST)
 MOVES = ("move", "move unflushed", "age", "protect", "read-only")
 INVALIDATIONS = ("invlpg", "mov_cr3", "invpcid", "invvpid", "invept")
 
@@ -79,7 +80,7 @@ def segments(vcpus: int) -> st.SearchStrategy[Segment]:
         duration_ns=st.integers(1, 30_000),
         accesses=st.lists(st.binary(min_size=30, max_size=300), min_size=vcpus, max_size=vcpus),
         host=st.lists(
-            st.tuples(st.integers(0, 30_000), st.sampled_from((OP_FLUSH, OP_ZAP, OP_MOVE, OP_SWAP, OP_STALL)),
+            st.tuples(st.integers(0, 30_000), st.sampled_from(HOST_OPERATIONS),
                       st.integers(0, 255), st.booleans()),
             max_size=6,
         ),
@@ -97,6 +98,8 @@ class Program(NamedTuple):
     caches: bool
     levels: tuple[int, int]
     sampling: Sampling | None
+    logged: int | None
+    """Entries that the logs of dirty pages begin with; None: logging is off."""
     records: int
     slice_ns: int
     pcpus: tuple[int, int, int]
@@ -115,8 +118,11 @@ def programs(draw: st.DrawFn) -> Program:
         geometry=draw(st.sampled_from(((16, 4), (32, 16), (8, 2), (48, 24)))),
         caches=draw(st.booleans()),
         levels=draw(st.sampled_from(((4, 4), (4, 4), (5, 4), (4, 5), (5, 5)))),
-        sampling=draw(st.none() | st.builds(Sampling, st.integers(0, 4), st.sampled_from((0, 64, 250)),
-                                            st.integers(0, 7))),
+        sampling=draw(st.none() | st.builds(
+            Sampling, st.integers(0, 4), st.sampled_from((0, 64, 250)), st.integers(0, 7), st.integers(0, 5),
+            st.integers(0, 5), groups=st.sampled_from(("memory", "memory+gpr+xmm")),
+        )),
+        logged=draw(st.none() | st.integers(0, 512)),
         records=draw(st.integers(1, 12)),
         slice_ns=draw(st.sampled_from((100, 1_000, 7_000))),
         pcpus=draw(st.sampled_from(((0, 0, 3), (0, 0, 3), (2, 1, 7), (1, 0, 4)))),
@@ -193,7 +199,9 @@ class Pair:
             )
         )
         costs = small_costs(costs, stlb_entries=entries, stlb_ways=ways, load_latency_tag_interval=3, **off)
-        machine = self.machine = bare_machine(costs, program.vcpus, 5, program.sampling, *program.levels)
+        machine = self.machine = bare_machine(
+            costs, program.vcpus, 5, program.sampling, *program.levels, program.logged is not None
+        )
         machine.state[S.SLICE_PS] = program.slice_ns * 1000
         machine.state[S.MLP_Q8] = 100
         machine.state[S.LEFT] = program.left
@@ -205,6 +213,12 @@ class Pair:
         machine.vcpus.context[:, 1 : 1 + len(CONTEXTS)] = CONTEXTS
         map_pages(machine)
         self.reference = Reference(machine)
+        if program.logged is not None:
+            first = 512 - program.logged
+            machine.pml.log[:, first:], machine.pml.next[:] = 1 << 12, first - 1
+            for cpu in self.reference.vcpus:
+                cpu.log = [1] * program.logged
+        self.pmu = Pebs(machine.ds, machine.pml, machine.ept, machine.vcpus.field, machine.counters, program.sampling)
         self.spare = iter(_SPARE)
         self.drain = program.records % 2 == 0
         self.budget = program.budget
@@ -239,13 +253,16 @@ class Pair:
             event(("reached", "accesses", "fault", "PMI", "completed")[reason])
             if any(cpu.ds_fault for cpu in reference.vcpus):
                 event("record met an EPT violation")
+            if reference.counters["exit__pml_full"]:
+                event("log of dirty pages was full")
             if reason in (REACHED, COMPLETED):
                 return reason == REACHED
             self.resolve(reason)
 
     def resolve(self, reason: int) -> None:
-        machine, cpu = self.machine, self.reference.vcpus[self.reference.turn]
-        row = machine.vcpus.field[self.reference.turn]
+        machine, reference = self.machine, self.reference
+        cpu = reference.vcpus[reference.turn]
+        row = machine.vcpus.field[reference.turn]
         if reason == NEED_ACCESSES:
             row[vcpu.IDLE], cpu.idle = 1, True
         elif reason == FAULT:
@@ -253,9 +270,15 @@ class Pair:
         else:
             assert reason == PMI
             if cpu.ds_fault:
-                row[vcpu.DS_FAULT], cpu.ds_fault = 0, False
-                machine.ept[cpu.ds_gpfn] |= PRESENT
-                self.reference.ept[cpu.ds_gpfn] |= PRESENT
+                pages = reference.record_pages(cpu)
+                assert self.pmu.violations(reference.turn).tolist() == [
+                    gpfn for gpfn in pages if not reference.ept[gpfn] & PRESENT
+                ]
+                for gpfn in pages:
+                    machine.ept[gpfn] |= PRESENT
+                    reference.ept[gpfn] |= PRESENT
+                self.pmu.resolved(reference.turn)
+                reference.complete(cpu)
             if self.drain:
                 row[vcpu.DS_INDEX] = 0
                 cpu.records.clear()
@@ -288,7 +311,9 @@ class Pair:
             elif kind == OP_STALL:
                 found.append(Operation(time, kind, 0, which % len(self.reference.vcpus), 5_000 * which))
             elif kind == OP_ZAP and which % 4 == 3:
-                found.append(Operation(time, kind, 0, GPA_PAGES + which % len(self.reference.vcpus), 1, hold, busy))
+                found.append(
+                    Operation(time, kind, 0, GPA_PAGES + which // 4 % (2 * len(self.reference.vcpus)), 1, hold, busy)
+                )
             elif kind == OP_ZAP and which % 4 == 2:
                 table = frame_of(self.reference.tables.upper[which % len(self.reference.tables.upper)])
                 found.append(Operation(time, kind, 0, table if table > MOVED * 3 else gpfn, 1, hold, busy))
@@ -365,7 +390,7 @@ def test_engine_does_what_the_reference_does(program: Program, costs: Costs) -> 
 def check_ledgers(guest: Guest, report: dict[str, Any]) -> None:
     """The time on each vCPU is the sum of its parts, to the picosecond; in the summary, too."""
     vcpus = guest.machine.vcpus
-    assert (vcpus.ledger.sum(axis=1) == vcpus.field[:, vcpu.CLOCK] - guest.started_ps).all()
+    assert (vcpus.ledger.sum(axis=1) == vcpus.field[:, vcpu.CLOCK] - guest.booted_ps).all()
     assert (vcpus.ledger >= 0).all()
     for row in report["vcpu_time"]:
         assert row["clock_ps"] == sum(ps for name, ps in row.items() if name != "clock_ps")

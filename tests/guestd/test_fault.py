@@ -6,10 +6,12 @@ import pytest
 from guestd.fault import HINT_BATCH, charge_hints, charge_violations, clear_fresh, new_batch, table_frames, verify
 from guestd.guest import Guest
 from guestd.instructions import mov_cr3_everywhere
+from guestd.machine import S
 from guestd.vcpu import EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, new_vcpus
 from proto.costs import Costs
 from proto.counters import STOLEN_PARTS, C, split, sum_parts
 from proto.entry import (
+    ACCESSED,
     DIRTY,
     ENTRY_VERSION_SHIFT,
     FRAME_MASK,
@@ -19,7 +21,7 @@ from proto.entry import (
     WRITABLE,
     owner_stamp,
 )
-from tests.guestd.machines import guest_config, run_guest, start_fleet
+from tests.guestd.machines import bare_machine, guest_config, run_guest, start_fleet
 
 
 def test_every_first_touch_is_charged_once_where_it_happens(costs: Costs) -> None:
@@ -66,15 +68,16 @@ def test_costs_that_meet_in_one_place_add_up_and_each_is_a_retry_of_the_walk(cos
     assert not vcpus.exit_ps[0].any()
 
 
-def test_clear_fresh_writes_each_frame_s_own_stamp_and_counts_what_is_not_mapped() -> None:
-    ept, stamps = np.zeros(8, np.int64), np.zeros(8, np.int64)
+def test_clear_fresh_writes_each_frame_s_own_stamp_and_counts_what_is_not_mapped(costs: Costs) -> None:
+    machine = bare_machine(costs, 2, pml=True)
+    ept, stamps, owner = machine.ept, machine.stamps, int(machine.state[S.OWNER])
     ept[1] = 6 << FRAME_SHIFT | PRESENT | WRITABLE
     ept[3] = 7 << FRAME_SHIFT | PRESENT | WRITABLE
-    owner = owner_stamp(1)
-    fresh, gpfns = np.array([2, STAMP_TABLE_BASE + 4, 5]), np.array([1, 3, 4])
-    assert clear_fresh(ept, stamps, owner, fresh, gpfns) == 1
-    assert stamps.tolist() == [0] * 6 + [owner | 2 << 18, owner | (STAMP_TABLE_BASE + 4) << 18]
-    assert ept[[1, 3, 4]].tolist() == [6 << 12 | PRESENT | WRITABLE | DIRTY, 7 << 12 | PRESENT | WRITABLE | DIRTY, 0]
+    assert clear_fresh(machine, 1, np.array([2, STAMP_TABLE_BASE + 4, 5]), np.array([1, 3, 4])) == 1
+    assert stamps[:8].tolist() == [0] * 6 + [owner | 2 << 18, owner | (STAMP_TABLE_BASE + 4) << 18]
+    assert ((ept[[1, 3]] & (ACCESSED | DIRTY)) == ACCESSED | DIRTY).all() and ept[4] == 0
+    assert (machine.pml.log[1, -2:] >> 12).tolist() == [3, 1], "what was cleared is logged as dirty"
+    assert (machine.counters[C.pml__entries], machine.counters[C.pml__useless]) == (2, 1)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def test_verify_sees_any_harm_to_a_page(harm: str, finished: Guest) -> None:
     owner = owner_stamp(finished.config.vm)
     tables = table_frames(machine.tables)
     gpt, ept, stamps = machine.gpt.copy(), machine.ept.copy(), machine.stamps.copy()
-    assert verify(gpt, ept, stamps, owner, tables, tables.size) == (4096 * 7 // 8, 0)
+    assert verify(gpt, ept, stamps, owner, tables) == (4096 * 7 // 8, 0)
     first, second = np.flatnonzero(gpt)[[10, 2000]]
     slots = [
         (int(ept[(gpt[page] & FRAME_MASK) >> FRAME_SHIFT]) & FRAME_MASK) >> FRAME_SHIFT for page in (first, second)
@@ -102,7 +105,7 @@ def test_verify_sees_any_harm_to_a_page(harm: str, finished: Guest) -> None:
     else:
         table = int(tables[0])
         stamps[(int(ept[table]) & FRAME_MASK) >> FRAME_SHIFT] = 0
-    assert verify(gpt, ept, stamps, owner, tables, tables.size)[1] == (2 if harm == "swapped contents" else 1)
+    assert verify(gpt, ept, stamps, owner, tables)[1] == (2 if harm == "swapped contents" else 1)
 
 
 def test_a_batch_has_room_for_every_access_of_a_block() -> None:

@@ -1,6 +1,7 @@
 """How a guest's Linux flushes: what each flush drops, costs and counts, and who gets no IPI."""
 
 import msgspec
+import numpy as np
 import pytest
 
 from guestd.guest import Guest
@@ -137,7 +138,7 @@ def test_one_vcpu_needs_no_shootdown(costs: Costs) -> None:
 
 @pytest.mark.parametrize(("count", "full"), [(33, False), (34, True)])
 def test_a_range_above_the_ceiling_is_flushed_whole(count: int, full: bool, stopped: Stopped) -> None:
-    stopped.flush.range(0, count)
+    stopped.flush.range(np.arange(count))
     assert stopped.counted(C.vmstat__nr_tlb_local_flush_all) == full
     assert stopped.counted(C.vmstat__nr_tlb_local_flush_one) == (0 if full else count)
     assert stopped.counted(C.vmstat__nr_tlb_remote_flush) == 1

@@ -235,6 +235,19 @@ def test_a_stop_asks_every_running_vm_for_its_report(fleet: Callable[..., Fleet]
     assert core.done
 
 
+def test_a_vm_that_is_to_stop_may_still_read_its_memory(fleet: Callable[..., Fleet]) -> None:
+    """It checks all of it, and the host may have swapped out some."""
+    core = fleet(2).core
+    for vm in (0, 1):
+        core.receive(vm, Hello(vm=vm, secret=bytes(32), pid=1))
+    core.receive(0, tick(QUANTUM))
+    with pytest.raises(RefusedMessage, match="outside a quantum"):
+        core.receive(0, fault([3]))
+    core.stop("enough")
+    ((vm, answer),) = core.receive(0, fault([3]))
+    assert (vm, type(answer)) == (0, Mapped)
+
+
 @pytest.mark.parametrize("order", [("done", "tick", "bye"), ("tick", "done", "bye")])
 def test_when_the_one_that_leaves_is_heard_does_not_matter(order: tuple[str, ...], fleet: Callable[..., Fleet]) -> None:
     busy = (20_000_000,) * 4

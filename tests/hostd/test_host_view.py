@@ -11,8 +11,8 @@ from hostd.vm import Vm
 from proto.arrays import Words
 from proto.costs import Costs
 from proto.counters import C
-from proto.entry import ACCESSED, PROTNONE, YOUNG
-from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
+from proto.entry import ACCESSED, DIRTY, PROTNONE, YOUNG
+from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_ZAP, OPERATION
 from proto.units import PAGE_SHIFT, PS_PER_S
 from tests.small_fleet import check_memory, new_fleet, small_guest, until_populated
 
@@ -44,6 +44,54 @@ def test_a_young_page_costs_a_flush_of_its_own_one_after_the_other(vm: Vm, costs
     assert np.diff(found["time_ps"]).tolist() == [gap, gap]
     assert not view.test_and_clear_young(pages).any()
     assert taken(view).size == 0
+
+
+def test_looking_and_clearing_ask_for_no_flush(vm: Vm, costs: Costs) -> None:
+    """KVM's test_young and clear_young, as DAMON uses them."""
+    view, pages = vm.view, np.arange(10)
+    vm.memory.ept[[1, 4]] |= ACCESSED
+    vm.memory.ept[7] |= YOUNG
+    before = view.now
+    assert np.flatnonzero(view.test_young(pages)).tolist() == [1, 4, 7]
+    assert np.flatnonzero(view.clear_young(pages)).tolist() == [1, 4, 7]
+    assert not view.test_young(pages).any()
+    assert view.now - before == 3 * 10 * (costs.rmap_walk_ps + costs.scan_pte_ps)
+    assert taken(view).size == 0
+
+
+def test_clearing_dirty_bits_asks_for_one_flush_of_the_vm(vm: Vm) -> None:
+    view, pages = vm.view, np.arange(20)
+    vm.memory.ept[[3, 9, 11]] |= DIRTY
+    assert np.flatnonzero(view.test_and_clear_dirty(pages)).tolist() == [3, 9, 11]
+    assert taken(view)["kind"].tolist() == [OP_FLUSH]
+    assert not view.test_and_clear_dirty(pages).any()
+    assert taken(view).size == 0, "nothing was dirty"
+
+
+def test_a_harvest_is_requested_at_its_time_and_read_once(vm: Vm, costs: Costs) -> None:
+    view = vm.view
+    view.meter.now = 77
+    view.request_harvest()
+    (harvest,) = taken(view)
+    assert (harvest["kind"], harvest["time_ps"]) == (OP_HARVEST, 77)
+    wanted = [0, 5, 63, 64, 1000]
+    for page in wanted:
+        vm.memory.dirty[1, page // 64] |= np.int64(np.uint64(1 << page % 64).view(np.int64))
+    before = view.now
+    assert view.harvest_dirty().tolist() == wanted
+    assert view.now - before == costs.scan_pte_ps * 5
+    assert view.harvest_dirty().size == 0
+
+
+def test_unmapped_pages_are_zapped_one_by_one_and_busy(vm: Vm, costs: Costs) -> None:
+    view, pages = vm.view, np.array([5, 6, 90])
+    times = view.unmap(pages, 1_000)
+    each = 1_000 + costs.zap_pte_ps + costs.kick_base_ps + costs.kick_target_ps * view.vcpus
+    assert np.diff(times).tolist() == [each, each] and view.now - times[0] == 3 * each
+    found = taken(view)
+    assert found[["kind", "flags", "a", "b"]].tolist() == [(OP_ZAP, 0, page, 1) for page in pages]
+    assert (vm.nodes.flags[view.frames(pages)] & F_BUSY).all()
+    assert not view.move(pages, SLOW, 0).any(), "nobody moves them meanwhile"
 
 
 def test_a_range_is_zapped_whole_but_only_its_slow_pages_count(vm: Vm) -> None:

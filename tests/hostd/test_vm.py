@@ -13,12 +13,13 @@ from guestd.tiering.tpp import MAX_SCAN_WINDOW_MB, THROTTLE
 from hostd.errors import RefusedMessage
 from hostd.vm import Vm
 from proto.arrays import Words
+from proto.config import HostKernel, Scalar, launch_ps
 from proto.costs import Costs
 from proto.counters import C, new_counters
 from proto.entry import ACCESSED, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.layout import OP_FLUSH, OP_MOVE, OP_ZAP, OPERATION
 from proto.units import PS_PER_MS, PS_PER_S
-from tests.small_fleet import small_guest
+from tests.small_fleet import new_fleet, small_guest
 
 PAGES = 1024
 FAST_PAGES = 256
@@ -103,6 +104,47 @@ def test_a_zapped_page_comes_back_at_the_price_of_a_violation(costs: Costs) -> N
     assert np.array_equal(slots(vm, gpfns), before)
     assert (vm.memory.ept[gpfns] & PRESENT).all()
     assert vm.used() == (8, 0)
+
+
+@pytest.mark.parametrize("policy", ["none", "h-tpp"])
+def test_a_populated_vm_has_all_its_memory_before_it_runs(policy: str, costs: Costs) -> None:
+    config = small_guest(costs, policy, pages=PAGES, fast=FAST_PAGES, host=HostKernel(populate=True))
+    vm = Vm(config, policies()[policy], private_memory(config))
+    assert vm.used() == (FAST_PAGES, PAGES - FAST_PAGES)
+    assert vm.pinned_pages == vm.backed_pages == PAGES
+    gpfns = np.flatnonzero(vm.memory.ept & PRESENT)
+    expected = np.arange(PAGES) if vm.flat else np.r_[0:FAST_PAGES, PAGES : 2 * PAGES - FAST_PAGES]
+    assert gpfns.tolist() == expected.tolist(), "the frames that the guest's kernel has"
+    assert np.unique(slots(vm, gpfns)).size == PAGES
+    assert vm.touched() == 0
+    assert launch_ps(config) == config.start_ps + PAGES * costs.populate_page_ps
+    lazy = new_vm(costs, policy)
+    assert (sum(lazy.used()), lazy.pinned_pages, launch_ps(lazy.config)) == (0, 0, lazy.config.start_ps)
+
+
+def test_the_price_of_populating_is_told(costs: Costs) -> None:
+    """A guest that uses a quarter of its memory: what the host had to back, and when the guest began."""
+    half: dict[str, Scalar] = {"footprint": 0.25}
+    told = {}
+    for populate in (False, True):
+        host = HostKernel(populate=populate)
+        fleet = new_fleet(small_guest(costs, pages=PAGES, fast=FAST_PAGES, workload=half, host=host))
+        core = fleet.run()
+        told[populate] = (core.reports[0], core.host_report({"total_s": 0.0, "by_vm": {}})["overcommit"])
+    (lazy, roomy), (full, tight) = told[False], told[True]
+    touched = lazy["memory"]["touched_bytes"]
+    assert touched == lazy["memory"]["backed_bytes"] == full["memory"]["touched_bytes"]
+    assert 256 * 4096 <= touched <= 260 * 4096
+    assert full["memory"]["backed_bytes"] == full["memory"]["pinned_bytes"] == PAGES * 4096
+    assert lazy["memory"]["pinned_bytes"] == 0
+    assert (tight["ratio"], roomy["ratio"]) == (1.0, PAGES * 4096 / touched)
+    assert tight["promised_bytes"] == roomy["promised_bytes"] == PAGES * 4096
+    assert (tight["pinned_bytes"], tight["touched_bytes"]) == (PAGES * 4096, touched)
+    waited = full["populate_virtual_s"] - lazy["populate_virtual_s"]
+    saved = touched // 4096 * (costs.ept_violation_alloc_ps) / 2 / 1e12
+    launch = PAGES * costs.populate_page_ps / 1e12
+    assert launch - 2 * saved < waited < launch
+    assert full["populate"]["kvm"]["exits"]["ept_violation"] == 0 < lazy["populate"]["kvm"]["exits"]["ept_violation"]
 
 
 def operations(payload: bytes) -> np.ndarray[tuple[int], np.dtype[np.void]]:

@@ -53,11 +53,35 @@ def test_host_and_guest_share_the_memory_and_keep_no_descriptor(
     assert (said.vm, said.secret, said.endpoint, said.server_key) == (guest.vm, SECRET, "ipc://x", b"key")
     assert memory.ept.shape == pending.memory.ept.shape == (2 * guest.total_pages,)
     assert memory.ept_pde.shape == (2 * guest.total_pages // 512,)
+    assert memory.pebs.size == pending.memory.pebs.size == 0
+    assert memory.dirty.shape == (2, 2 * guest.total_pages // 64)
     memory.ept[5] = 77
     pending.memory.stamps[9] = 88
     assert (pending.memory.ept[5], memory.stamps[9]) == (77, 88)
     assert _memfds() == before
     assert (host.fileno(), vm.fileno()) == (-1, -1)
+
+
+def test_guests_share_one_pebs_buffer_only_where_the_host_has_one(
+    guest: GuestConfig, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    host, vm = ends
+    before = _memfds()
+    buffer = handover.PebsBuffer(3 * 4096)
+    pending = handover.Pending(guest, SECRET, host, "ipc://x", b"", buffer)
+    taken: list[tuple[Handover, VmMemory]] = []
+    thread = threading.Thread(target=lambda: taken.append(handover.accept(vm)))
+    thread.start()
+    assert pending.finish()
+    thread.join()
+    memory = taken[0][1]
+    assert memory.pebs.size == pending.memory.pebs.size == 3 * 512
+    memory.pebs[70] = 99
+    assert buffer.words[70] == pending.memory.pebs[70] == 99
+    assert not memory.ept.any() and not memory.stamps.any()
+    buffer.close()
+    buffer.close()
+    assert _memfds() == before
 
 
 def test_a_guest_that_dies_before_it_mapped_is_noticed(

@@ -14,7 +14,7 @@ from proto.arrays import Words
 from proto.config import Scalar
 from proto.costs import Costs
 from proto.counters import C
-from proto.entry import ACCESSED, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, YOUNG
+from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, YOUNG
 from tests.small_fleet import check_memory, new_fleet, small_guest, until_populated
 
 PAGES = 2048
@@ -82,6 +82,39 @@ def test_accessed_bits_are_read_once_and_nothing_is_flushed(populated: Populated
     after = view.counters[C.vmstat__nr_tlb_local_flush_one] + view.counters[C.vmstat__nr_tlb_local_flush_all]
     assert after == flushes
     assert np.array_equal(populated.guest.machine.vcpus.stlb_tag, tlb), "the guest's TLB keeps its stale entries"
+
+
+def test_looking_at_accessed_bits_leaves_them_and_clearing_flushes_nothing(populated: Populated, costs: Costs) -> None:
+    view, gpt = populated.view, populated.guest.machine.gpt
+    pages = populated.pages(SLOW, 6)
+    gpt[pages] &= ~ACCESSED
+    gpt[pages[[0, 2]]] |= ACCESSED
+    gpt[pages[5]] |= YOUNG
+    expected = [True, False, True, False, False, True]
+    flushed, before = view.counters.copy(), view.now
+    assert view.test_young(pages).tolist() == expected
+    assert view.test_young(pages).tolist() == expected
+    assert view.clear_young(pages).tolist() == expected
+    assert not view.clear_young(pages).any()
+    assert view.now - before == 4 * 6 * (costs.rmap_walk_ps + costs.scan_pte_ps)
+    assert np.array_equal(view.counters, flushed)
+
+
+@pytest.mark.parametrize("count", [0, 1, 33, 34])
+def test_clearing_dirty_bits_flushes_the_dirty_pages_once(count: int, populated: Populated) -> None:
+    view, machine = populated.view, populated.guest.machine
+    pages = populated.pages(SLOW, 40)
+    machine.gpt[pages] &= ~DIRTY
+    machine.gpt[pages[:count]] |= DIRTY
+    before = view.counters.copy()
+    assert view.test_and_clear_dirty(pages).tolist() == [i < count for i in range(40)]
+    assert not (machine.gpt[pages] & DIRTY).any()
+    delta = view.counters - before
+    whole = count > populated.guest.config.kernel.single_page_flush_ceiling
+    assert delta[C.vmstat__nr_tlb_local_flush_one] == (0 if whole else count)
+    assert delta[C.vmstat__nr_tlb_local_flush_all] == whole
+    assert delta[C.vmstat__nr_tlb_remote_flush] == (count > 0)
+    assert not view.test_and_clear_dirty(pages).any()
 
 
 def test_protection_covers_slow_pages_and_comes_off_in_the_fault(populated: Populated) -> None:
