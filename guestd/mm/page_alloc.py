@@ -24,7 +24,7 @@ class FreeBlocks(NamedTuple):
 
     bitmap: Words
     """int64[B, 8]: a bit for each free frame."""
-    count: Ints
+    available: Ints
     """int32[B]: free frames."""
     next: Ints
     """int32[B + 4]: links of the lists; the last four are the heads, 2 * node + WHOLE or PARTLY."""
@@ -41,10 +41,10 @@ def new_free_blocks(span: int, managed: Words) -> FreeBlocks:
         bits = np.zeros((blocks // 2, TABLE_PAGES), np.uint8)
         bits.reshape(-1)[: int(managed[node])] = 1
         free.bitmap[first : first + blocks // 2] = np.packbits(bits, axis=1, bitorder="little").view(np.int64)
-        free.count[first : first + blocks // 2] = bits.sum(axis=1)
+        free.available[first : first + blocks // 2] = bits.sum(axis=1)
         for block in range(first + blocks // 2 - 1, first - 1, -1):
-            if free.count[block]:
-                _link_first(free, block, blocks + 2 * node + (WHOLE if free.count[block] == TABLE_PAGES else PARTLY))
+            if free.available[block]:
+                _link_first(free, block, blocks + 2 * node + (WHOLE if free.available[block] == TABLE_PAGES else PARTLY))
     return free
 
 
@@ -70,7 +70,7 @@ def _unlink(free: FreeBlocks, block: int) -> None:
 @inline
 def take_frame(free: FreeBlocks, node: int, span: int) -> int:
     """Take one frame of ``node``, which has one."""
-    blocks = free.count.size
+    blocks = free.available.size
     head = blocks + 2 * node + PARTLY
     block = int64(free.next[head])
     if block == head:
@@ -82,8 +82,8 @@ def take_frame(free: FreeBlocks, node: int, span: int) -> int:
         word += 1
     bits = free.bitmap[block, word]
     free.bitmap[block, word] = bits & (bits - 1)
-    free.count[block] -= 1
-    if free.count[block] == 0:
+    free.available[block] -= 1
+    if free.available[block] == 0:
         _unlink(free, block)
     return int(
         node * span + ((block - node * (blocks >> 1)) << TABLE_SHIFT) + (word << 6) + int64(trailing_zeros(bits))
@@ -93,7 +93,7 @@ def take_frame(free: FreeBlocks, node: int, span: int) -> int:
 @inline
 def take_block(free: FreeBlocks, node: int, span: int) -> int:
     """Take a wholly free block of ``node``: its first frame, or -1 if there is none."""
-    blocks = free.count.size
+    blocks = free.available.size
     head = blocks + 2 * node + WHOLE
     block = int64(free.next[head])
     frame = int64(-1)
@@ -101,7 +101,7 @@ def take_block(free: FreeBlocks, node: int, span: int) -> int:
         _unlink(free, block)
         for word in range(WORDS):
             free.bitmap[block, word] = 0
-        free.count[block] = 0
+        free.available[block] = 0
         frame = node * span + ((block - node * (blocks >> 1)) << TABLE_SHIFT)
     return frame
 
@@ -109,14 +109,14 @@ def take_block(free: FreeBlocks, node: int, span: int) -> int:
 @inline
 def give_frame(free: FreeBlocks, node: int, span: int, frame: int) -> None:
     """Give one frame of ``node`` back."""
-    blocks = free.count.size
+    blocks = free.available.size
     offset = frame - node * span
     block = node * (blocks >> 1) + (offset >> TABLE_SHIFT)
     free.bitmap[block, (offset & (TABLE_PAGES - 1)) >> 6] |= int64(1) << (offset & 63)
-    free.count[block] += 1
-    if free.count[block] == 1:
+    free.available[block] += 1
+    if free.available[block] == 1:
         _link(free, block, blocks + 2 * node + PARTLY)
-    elif free.count[block] == TABLE_PAGES:
+    elif free.available[block] == TABLE_PAGES:
         _unlink(free, block)
         _link(free, block, blocks + 2 * node + WHOLE)
 
@@ -124,11 +124,11 @@ def give_frame(free: FreeBlocks, node: int, span: int, frame: int) -> None:
 @inline
 def give_block(free: FreeBlocks, node: int, span: int, frame: int) -> None:
     """Give a block that was taken as a whole back; ``frame``: its first."""
-    blocks = free.count.size
+    blocks = free.available.size
     block = node * (blocks >> 1) + ((frame - node * span) >> TABLE_SHIFT)
     for word in range(WORDS):
         free.bitmap[block, word] = -1
-    free.count[block] = TABLE_PAGES
+    free.available[block] = TABLE_PAGES
     _link(free, block, blocks + 2 * node + WHOLE)
 
 

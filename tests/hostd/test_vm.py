@@ -81,9 +81,9 @@ def test_a_refused_fault_changes_nothing(policy: str, data: st.DataObject, costs
         vm.ept_fault(0, np.array(bad, np.int64))
     assert np.array_equal(vm.memory.ept, twin.memory.ept)
     assert vm.used() == twin.used()
-    pairs = {**vm.nodes._asdict(), **vm.nodes.free._asdict()}, {**twin.nodes._asdict(), **twin.nodes.free._asdict()}
-    for name in pairs[0].keys() - {"free"}:
-        assert np.array_equal(pairs[0][name], pairs[1][name]), name
+    mine, other = ({**nodes._asdict(), **nodes.free._asdict()} for nodes in (vm.nodes, twin.nodes))
+    for name in mine.keys() - {"free"}:
+        assert np.array_equal(mine[name], other[name]), name
 
 
 def test_a_share_that_is_used_up_stays_used_up_and_names_the_reason(costs: Costs) -> None:

@@ -84,13 +84,13 @@ class Reference:
 
 def assert_same(nodes: Nodes, reference: Reference) -> None:
     """Bitmaps, counts and both lists of each node, followed in both directions."""
-    free, blocks = nodes.free, nodes.free.count.size
+    free, blocks = nodes.free, nodes.free.available.size
     expected = np.zeros(nodes.page.size, np.bool_)
     for node in (FAST, SLOW):
         assert nodes.free_count[node] == reference.free(node)
         for block, frames in reference.blocks[node].items():
             expected[sorted(frames)] = True
-            assert free.count[block // TABLE_PAGES] == len(frames)
+            assert free.available[block // TABLE_PAGES] == len(frames)
         for kind in (WHOLE, PARTLY):
             head = blocks + 2 * node + kind
             for link, order in ((free.next, 1), (free.previous, -1)):
