@@ -44,7 +44,8 @@ def new_free_blocks(span: int, managed: Words) -> FreeBlocks:
         free.available[first : first + blocks // 2] = bits.sum(axis=1)
         for block in range(first + blocks // 2 - 1, first - 1, -1):
             if free.available[block]:
-                _link_first(free, block, blocks + 2 * node + (WHOLE if free.available[block] == TABLE_PAGES else PARTLY))
+                kind = WHOLE if free.available[block] == TABLE_PAGES else PARTLY
+                _link_first(free, block, blocks + 2 * node + kind)
     return free
 
 
