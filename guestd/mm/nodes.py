@@ -146,8 +146,8 @@ def give_free_block(nodes: Nodes, frame: int) -> None:
 
 
 @kernel
-def give_all_free(nodes: Nodes, frames: Ints) -> None:
-    """Give frames (int32[n]) back to their nodes."""
+def give_all_free(nodes: Nodes, frames: Words) -> None:
+    """Give frames (int64[n]) back to their nodes."""
     for frame in frames:
         give_free(nodes, frame)
 
