@@ -60,6 +60,7 @@ class Memory(Struct):
     backed_bytes: int | UnsetType = UNSET
     touched_bytes: int | UnsetType = UNSET
     pinned_bytes: int | UnsetType = UNSET
+    huge_bytes: int | UnsetType = UNSET
     rss_bytes: int | UnsetType = UNSET
     private_bytes: int | UnsetType = UNSET
 
@@ -145,6 +146,18 @@ class Swap(Struct):
     out_pages: int
     in_pages: int
     modelled_s: float
+
+
+class HostThp(Struct):
+    """Huge pages with which the host backs a VM."""
+
+    fault_alloc: int
+    fault_fallback: int
+    split_page: int
+    collapse_alloc: int
+    migration_success: int
+    migration_fail: int
+    huge_bytes: int
 
 
 class Migration(Struct):
@@ -245,6 +258,7 @@ class Vm(Struct):
     pebs: Pebs | UnsetType = UNSET
     pml: Pml | UnsetType = UNSET
     swap: Swap | UnsetType = UNSET
+    host_thp: HostThp | UnsetType = UNSET
     migration: Migration | UnsetType = UNSET
     hotness: Hotness | UnsetType = UNSET
     agent_cpu: AgentCpu | UnsetType = UNSET

@@ -13,6 +13,7 @@ import numpy as np
 
 from fleet.in_process import InProcessFleet
 from guestd.meter import meter_cost_ns
+from guestd.mm.nodes import FAST, SLOW
 from guestd.tiering.registry import policies as all_policies
 from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, HostKernel, Scalar
 from proto.costs import Costs
@@ -28,22 +29,31 @@ _LLC_BYTES = 1 << 16
 
 
 def warm_up(
-    policies: list[str], workloads: list[str], costs: Costs, progress: Progress, kernel: HostKernel | None = None
-) -> None:
-    """Run one small fleet per policy and workload. ``costs``: any valid ones; ``kernel``: the host's (None: stock)."""
+    policies: list[str], workloads: list[str], costs: Costs, progress: Progress, kernel: HostKernel | None = None,
+    *, huge: bool = False,
+) -> None:  # fmt: skip
+    """Run one small fleet per policy and workload.
+
+    ``costs``: any valid ones; ``kernel``: the host's (None: stock); ``huge``: guests or host use huge pages.
+    """
     brisk = _brisk(kernel or HostKernel())
     jobs: list[tuple[str, str, str, dict[str, Scalar]]] = [("engine", "none", "gups", {})]
     jobs += [(policy, policy, "gups", {}) for policy in policies if policy != "none"]
     jobs += [(workload, "none", workload, {}) for workload in workloads if workload not in ("gups", "trace")]
     jobs += [("gups zipf", "none", "gups", {"distribution": "zipf"})] if "gups" in workloads else []
+    huge_views = [policy for policy in ("none", "h-tpp") if huge]
+    total = len(jobs) + ("trace" in workloads) + len(huge_views)
     with tempfile.TemporaryDirectory(prefix="fleet-warm-") as folder:
         if "trace" in workloads:
             jobs.append(("trace", "none", "trace", {"file": str(_tiny_trace(Path(folder) / "warm.trace"))}))
         for done, (label, policy, workload, params) in enumerate(jobs):
-            progress(done, len(jobs), label)
-            _run(policy, workload, params, costs, brisk)
+            progress(done, total, label)
+            _fleet(policy, workload, params, costs, brisk).run()
+    for done, policy in enumerate(huge_views, len(jobs)):
+        progress(done, total, f"huge pages of {policy}")
+        _use_huge_pages(policy, costs, brisk)
     meter_cost_ns(1)
-    progress(len(jobs), len(jobs), "")
+    progress(total, total, "")
 
 
 def _brisk(kernel: HostKernel) -> HostKernel:
@@ -56,7 +66,33 @@ def _brisk(kernel: HostKernel) -> HostKernel:
     )
 
 
-def _run(policy: str, workload: str, params: dict[str, Scalar], costs: Costs, kernel: HostKernel) -> None:
+def _use_huge_pages(policy: str, costs: Costs, kernel: HostKernel) -> None:
+    """Do with huge pages, in the host's view or else in the guest's, all that any policy may do with them."""
+    kernel = msgspec.structs.replace(kernel, thp="always", pml=False)
+    fleet = _fleet(policy, "gups", {"footprint": 0.7}, costs, kernel, "always", _PAGES // 2)
+    guest = fleet.guests[0]
+    while guest.phase == "populate":
+        fleet.step()
+    view = fleet.host.vms[0].view if all_policies()[policy].view == "host" else guest.view
+    slow, fast = (view.on_node(0, view.pages, node, view.pages) for node in (SLOW, FAST))
+    slow, fast = slow[view.sizes(slow) > 1], fast[view.sizes(fast) > 1]
+    view.exchange(slow[:1], fast[:1], batched=True)
+    view.collapse(slow[1:2][view.split(slow[1:2])])
+    view.move(slow[:1], SLOW, 0)
+    view.scan_young(0, view.pages, flush=True)
+    view.scan_dirty(0, view.pages)
+    fleet.run()
+
+
+def _fleet(
+    policy: str,
+    workload: str,
+    params: dict[str, Scalar],
+    costs: Costs,
+    kernel: HostKernel,
+    thp: str = "never",
+    fast_pages: int = _FAST_PAGES,
+) -> InProcessFleet:
     engine = EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=1024)
     guest = GuestConfig(
         vm=0,
@@ -66,8 +102,8 @@ def _run(policy: str, workload: str, params: dict[str, Scalar], costs: Costs, ke
         first_vcpu=0,
         fleet_vcpus=2,
         total_pages=_PAGES,
-        fast_pages=_FAST_PAGES,
-        slow_pages=_PAGES - _FAST_PAGES,
+        fast_pages=fast_pages,
+        slow_pages=_PAGES - fast_pages,
         policy=policy,
         policy_params=dict(all_policies()[policy].warm_up),
         workload=workload,
@@ -84,6 +120,9 @@ def _run(policy: str, workload: str, params: dict[str, Scalar], costs: Costs, ke
             ds_pages=1,
             ds_prefault=True,
             batched_unmap_flush=False,
+            thp=thp,
+            thp_defrag="always",
+            khugepaged_scan_sleep_ps=5 * PS_PER_MS,
         ),
         host=kernel,
         costs=costs,
@@ -92,7 +131,7 @@ def _run(policy: str, workload: str, params: dict[str, Scalar], costs: Costs, ke
     )
     # A real LLC would swallow so small a guest, and no mechanism would see an access; this one has a little of it.
     costs = msgspec.structs.replace(costs, llc_bytes=_LLC_BYTES)
-    InProcessFleet(HostConfig(costs=costs, engine=engine, sample_ps=PS_PER_MS, kernel=kernel), [guest]).run()
+    return InProcessFleet(HostConfig(costs=costs, engine=engine, sample_ps=PS_PER_MS, kernel=kernel), [guest])
 
 
 def _tiny_trace(path: Path) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from guestd.errors import GuestError
-from proto.arrays import Ints, Words
+from proto.arrays import Bytes, Ints, Words
 from proto.entry import MAX_PAGES
 from proto.units import PAGE_SHIFT, TABLE_PAGES, TABLE_SHIFT
 
@@ -71,6 +71,15 @@ class AddressSpace:
     def first_page(self, name: str) -> int:
         """Dense index of the first page of a VMA; its pages follow consecutively."""
         return int(self.page_of(next(vma.start for vma in self.vmas if vma.name == name)))
+
+    def whole_tables(self) -> Bytes:
+        """1 for each leaf table whose 2 MiB lie wholly in one VMA, where a huge page may be (uint8[tables])."""
+        whole = np.zeros(self.tables, np.uint8)
+        for vma in self.vmas:
+            first, end = np.searchsorted(self.table_gva, (vma.start, vma.start + (vma.pages << PAGE_SHIFT)))
+            inside = self.table_gva[first:end] + (TABLE_PAGES << PAGE_SHIFT) <= vma.start + (vma.pages << PAGE_SHIFT)
+            whole[first:end] = inside
+        return whole
 
     def upper_entries(self, levels: int) -> tuple[Words, Ints]:
         """The page-table entries above the leaves, all absent, and the number of the entry that maps each one's table.

@@ -275,8 +275,8 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
         slow_total += slow
         position += 1
         if pmu_on != 0:
-            lost, service = sample(pmu_on, m.ds, m.pml, ept, field, vcpu, kind, clock, a, m.table_gva, slow, latency,
-                                   cached, counters)  # fmt: skip
+            lost, service = sample(pmu_on, m.ds, m.pml, ept, tables.ept_pde, field, vcpu, kind, clock, a, m.table_gva,
+                                   slow, latency, cached, counters)  # fmt: skip
             clock += lost
             elsewhere += lost
             ledger[PEBS_RECORD] += lost

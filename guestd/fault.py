@@ -4,6 +4,10 @@ When an access cannot be translated, the rest of the block is looked through in 
 and mapped at once (demand-zero), pages under PROT_NONE are listed for the policy (NUMA hint faults), and gPA frames
 without an EPT mapping are listed for one `EptFault` message. Every fault is charged on its own, before the access that
 would have met it; only its side effects come up to one block early (the invariance law bounds what that moves).
+
+With transparent huge pages (mm/huge_memory.c, do_huge_pmd_anonymous_page) the first fault in an aligned 2 MiB that lie
+wholly in one VMA maps them at once, if its node has a block; if it has none, 4 KiB pages do for good, or until
+khugepaged comes round. Left out: the leaf table that Linux keeps in reserve for a split, and compaction.
 """
 
 from typing import NamedTuple
@@ -12,7 +16,7 @@ import numpy as np
 
 from guestd.jit import inline, kernel
 from guestd.machine import Machine, S
-from guestd.mm.nodes import NO_PAGE, Nodes, allocate, lru_add
+from guestd.mm.nodes import F_HUGE, NO_PAGE, WMARK_LOW, WMARK_MIN, Nodes, allocate, lru_add, take_free_block
 from guestd.pml import set_dirty
 from guestd.vcpu import EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, LENGTH, MINOR_FAULT, POSITION, Vcpus
 from guestd.walk import PageTables
@@ -29,7 +33,7 @@ from proto.entry import (
     STAMP_TABLE_BASE,
     WRITABLE,
 )
-from proto.units import PAGE_SHIFT, TABLE_SHIFT
+from proto.units import PAGE_SHIFT, TABLE_PAGES, TABLE_SHIFT
 
 QUEUED = 1 << 10
 """Software bit: the page is in the batch that is being collected."""
@@ -40,6 +44,22 @@ LOOK_AHEAD_PS = 100_000_000
 """Compute that a look-ahead may cover (100 us): of a slow program it takes fewer accesses at once."""
 HINT_BATCH = 32
 """Hint faults taken at a time, so that kswapd can free frames between promotions as it would (SWAP_CLUSTER_MAX)."""
+
+
+HUGE_BATCH = 8
+"""Huge pages faulted in at a time, so that a batch has room for all their frames."""
+
+
+class Thp(NamedTuple):
+    """A guest kernel's transparent huge pages."""
+
+    whole: Bytes
+    """uint8[tables]: 1 where a leaf table's 2 MiB lie wholly in one VMA; empty where huge pages are off."""
+    fault_ps: int
+    """What a fault costs that maps one."""
+    remote: bool
+    """defrag=always: a node without a block does not end the search. Otherwise only the preferred node is asked
+    (mm/mempolicy.c, __GFP_THISNODE without direct reclaim)."""
 
 
 class Batch(NamedTuple):
@@ -61,8 +81,8 @@ class Batch(NamedTuple):
 
 
 def new_batch(block: int) -> Batch:
-    """Room for what ``block`` accesses can meet: a page each, and the tables on the way to it."""
-    room = 6 * block + 16
+    """Room for what ``block`` accesses can meet: a page each, the tables on the way to it, and a few huge pages."""
+    room = 6 * block + HUGE_BATCH * TABLE_PAGES + 16
     return Batch(
         np.zeros(HINT_BATCH, np.int64),
         np.zeros(HINT_BATCH, np.int64),
@@ -95,10 +115,9 @@ def _list_fresh(batch: Batch, name: int, gpfn: int) -> None:
 
 
 @inline
-def _reach_table(m: Machine, nodes: Nodes, batch: Batch, table: int, position: int, node: int) -> bool:
-    """Allocate what tables are missing on the way to leaf table ``table``; false if there is no frame left."""
+def _reach_table(m: Machine, nodes: Nodes, batch: Batch, number: int, position: int, node: int) -> bool:
+    """Allocate what tables are missing on the way to that of entry ``number``; false if there is no frame left."""
     upper, parent = m.tables.upper, m.tables.parent
-    number = table
     enough = True
     while enough:
         entry = upper[number]
@@ -120,39 +139,91 @@ def _reach_table(m: Machine, nodes: Nodes, batch: Batch, table: int, position: i
     return enough
 
 
+@inline
+def _map_huge(m: Machine, nodes: Nodes, batch: Batch, table: int, position: int, node: int, remote: bool) -> bool:
+    """Map the 2 MiB of leaf table ``table``, of which nothing is mapped, to a block; false if there is none."""
+    # The slow path of the page allocator tries at once with the lower mark (mm/page_alloc.c, gfp_to_alloc_flags).
+    frame = take_free_block(nodes, node, nodes.watermark[node, WMARK_MIN])
+    if frame == NO_PAGE and remote:
+        frame = take_free_block(nodes, 1 - node, nodes.watermark[1 - node, WMARK_LOW])
+    if frame == NO_PAGE:
+        m.counters[C.vmstat__thp_fault_fallback] += 1
+        return False
+    m.counters[C.vmstat__thp_fault_alloc] += 1
+    first = table << TABLE_SHIFT
+    for i in range(TABLE_PAGES):
+        nodes.page[frame + i] = first + i
+        m.gpt[first + i] = (m.gpt[first + i] & ~FRAME_MASK) | ((frame + i) << FRAME_SHIFT) | PRESENT | WRITABLE
+        _list_fresh(batch, first + i, frame + i)
+        if not _backed(m.ept, frame + i):
+            _list_gpfn(batch, frame + i, position, 0)
+    nodes.flags[frame] = F_HUGE
+    lru_add(nodes, frame, 0)
+    m.tables.upper[table] = (frame << FRAME_SHIFT) | PRESENT | WRITABLE | HUGE | QUEUED
+    return True
+
+
+@inline
+def _charge_fault(m: Machine, vcpu: int, position: int, fault_ps: int) -> None:
+    vcpus = m.vcpus
+    vcpus.fault_ps[vcpu, position] += fault_ps
+    vcpus.fault_part[vcpu, position] = MINOR_FAULT
+    vcpus.retries[vcpu, position] += 1
+    m.counters[C.vmstat__pgfault] += 1
+
+
 @kernel
 def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, default_node: int, fault_ps: int,
-            batch: Batch) -> None:  # fmt: skip
+            thp: Thp, batch: Batch) -> None:  # fmt: skip
     """Look through up to ``block`` accesses of ``vcpu`` from its position on and gather their faults.
 
     ``prefer``: uint8[pages] preferred node per page, or empty for ``default_node``.
     """
-    vcpus, gpt, ept = m.vcpus, m.gpt, m.ept
+    vcpus, gpt, ept, upper = m.vcpus, m.gpt, m.ept, m.tables.upper
     start = vcpus.field[vcpu, POSITION]
     end = min(vcpus.field[vcpu, LENGTH], start + block)
     batch.counts[:] = 0
-    ahead = hints = 0
+    ahead = hints = huge = 0
     for position in range(start, end):
         page = vcpus.address[vcpu, position] >> PAGE_SHIFT
+        table = page >> TABLE_SHIFT
         entry = gpt[page]
         ahead += vcpus.think_ps[vcpu, position]
         if ahead > LOOK_AHEAD_PS and position > start:
             end = position
             break
+        # The books of a huge page are in its leaves, but what becomes of it is its own entry's business.
+        whole = (upper[table] & HUGE) != 0
         if (entry & PROTNONE) != 0:
-            if (entry & QUEUED) == 0:
+            if ((upper[table] if whole else entry) & QUEUED) == 0:
                 if hints == HINT_BATCH:
                     end = position
                     break
-                gpt[page] = entry | QUEUED
+                if whole:
+                    upper[table] |= QUEUED
+                    page = table << TABLE_SHIFT
+                else:
+                    gpt[page] = entry | QUEUED
                 batch.hint_page[hints], batch.hint_position[hints] = page, position
                 hints += 1
             continue
-        if not _reach_table(m, nodes, batch, page >> TABLE_SHIFT, position, default_node):
+        node = prefer[page] if prefer.size > 0 else default_node
+        if thp.whole.size > 0 and thp.whole[table] != 0 and upper[table] == 0:
+            if huge == HUGE_BATCH:
+                end = position
+                break
+            if not _reach_table(m, nodes, batch, m.tables.parent[table], position, default_node):
+                batch.counts[3] = OUT_OF_MEMORY
+                break
+            if _map_huge(m, nodes, batch, table, position, node, thp.remote):
+                huge += 1
+                _charge_fault(m, vcpu, position, thp.fault_ps)
+                continue
+        if not _reach_table(m, nodes, batch, table, position, default_node):
             batch.counts[3] = OUT_OF_MEMORY
             break
         if (entry & PRESENT) == 0:
-            frame = allocate(nodes, prefer[page] if prefer.size > 0 else default_node)
+            frame = allocate(nodes, node)
             if frame == NO_PAGE:
                 batch.counts[3] = OUT_OF_MEMORY
                 break
@@ -160,15 +231,13 @@ def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, defa
             lru_add(nodes, frame, 0)
             gpt[page] = (entry & ~FRAME_MASK) | (frame << FRAME_SHIFT) | PRESENT | WRITABLE | QUEUED
             _list_fresh(batch, page, frame)
-            vcpus.fault_ps[vcpu, position] += fault_ps
-            vcpus.fault_part[vcpu, position] = MINOR_FAULT
-            vcpus.retries[vcpu, position] += 1
-            m.counters[C.vmstat__pgfault] += 1
+            _charge_fault(m, vcpu, position, fault_ps)
             if not _backed(ept, frame):
                 _list_gpfn(batch, frame, position, 0)
         else:
             frame = (entry & FRAME_MASK) >> FRAME_SHIFT
-            if (entry & QUEUED) == 0 and not _backed(ept, frame):
+            listed = (entry & QUEUED) != 0 or (whole and (upper[table] & QUEUED) != 0)
+            if not listed and not _backed(ept, frame):
                 gpt[page] = entry | QUEUED
                 _list_gpfn(batch, frame, position, 1)
     batch.counts[0] = hints
@@ -176,8 +245,8 @@ def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, defa
         page = vcpus.address[vcpu, position] >> PAGE_SHIFT
         gpt[page] = gpt[page] & ~QUEUED
         number = page >> TABLE_SHIFT
-        while (m.tables.upper[number] & PRESENT) != 0:
-            m.tables.upper[number] &= ~QUEUED
+        while upper[number] != 0:
+            upper[number] &= ~QUEUED
             if m.tables.parent[number] == number:
                 break
             number = m.tables.parent[number]
@@ -196,7 +265,8 @@ def clear_fresh(m: Machine, vcpu: int, fresh: Words, fresh_gpfn: Words) -> int:
         if (entry & PRESENT) == 0:
             unmapped += 1
             continue
-        set_dirty(m.pml, vcpu, m.ept, fresh_gpfn[i], 1 if fresh[i] >= STAMP_TABLE_BASE else 0, m.counters)
+        useless = 1 if fresh[i] >= STAMP_TABLE_BASE else 0
+        set_dirty(m.pml, vcpu, m.ept, m.tables.ept_pde, fresh_gpfn[i], useless, m.counters)
         m.stamps[(entry & FRAME_MASK) >> FRAME_SHIFT] = m.state[S.OWNER] | (fresh[i] << STAMP_PAGE_SHIFT)
     return unmapped
 
@@ -205,10 +275,13 @@ def clear_fresh(m: Machine, vcpu: int, fresh: Words, fresh_gpfn: Words) -> int:
 def charge_violations(vcpus: Vcpus, vcpu: int, batch: Batch, cost_ps: Words) -> None:
     """Charge each EPT violation of the batch (cost_ps: int64[n], ps) to the access that meets it.
 
-    Frames that were never mapped are met by the kernel, which clears them; the others by the access's own walk.
+    Frames that were never mapped are met by the kernel, which clears them; the others by the access's own walk. What
+    came with another one, in one page of 2 MiB, was no violation and cost nothing.
     """
     for i in range(cost_ps.size):
         position = batch.gpfn_position[i]
+        if cost_ps[i] == 0:
+            continue
         if batch.gpfn_old[i] == 1:
             vcpus.exit_part[vcpu, position] = EPT_REFAULT
             vcpus.retries[vcpu, position] += 1

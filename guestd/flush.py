@@ -30,6 +30,7 @@ from proto.arrays import Words
 from proto.config import GuestKernel
 from proto.costs import Costs
 from proto.counters import C
+from proto.units import TABLE_PAGES
 
 
 class TlbFlush:
@@ -69,6 +70,17 @@ class TlbFlush:
             self.all()
         else:
             self.pages(pages, requests=1)
+
+    def huge(self, head: int) -> None:
+        """flush_pmd_tlb_range of the huge page from page ``head`` on.
+
+        x86 steps by 4 KiB (flush_tlb_range but for hugetlbfs), so that it is a range of 512 pages; INVLPG of any
+        address in it would do.
+        """
+        if self._kernel.thp_flush_stride == "2MiB":
+            self.pages(np.array([head], np.int64), requests=1)
+        else:
+            self.range(np.arange(head, head + TABLE_PAGES, dtype=np.int64))
 
     def _shoot_down(self, requests: int, flush_ps: int) -> int:
         """Have the other vCPUs flush, for ``flush_ps`` a request. Returns the number of IPIs received."""

@@ -21,6 +21,7 @@ from guestd.events import EventLog
 from guestd.fault import (
     NO_FRAME,
     OUT_OF_MEMORY,
+    Thp,
     charge_hints,
     charge_violations,
     clear_fresh,
@@ -34,6 +35,7 @@ from guestd.hotness import placement_by_heat
 from guestd.kvm import ept_changed, leave_guest
 from guestd.machine import S, new_machine
 from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter
+from guestd.mm.khugepaged import Khugepaged
 from guestd.mm.nodes import FAST, WMARK_LOW, new_nodes
 from guestd.params import resolve
 from guestd.perf_events import PerfEvents
@@ -67,7 +69,7 @@ from proto.counters import C
 from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.layout import OPERATION, VmMemory
 from proto.messages import Advance, Tick
-from proto.units import PS_PER_S
+from proto.units import PS_PER_S, TABLE_PAGES
 
 FOREVER = 1 << 62
 NULL_ACTIVATIONS = 200
@@ -109,14 +111,20 @@ class Guest:
         # A host-side policy runs in the host; here the guest manages nothing.
         self.tiering = Tiering(self.view, params) if host_side else self.policy.create(self.view, params)
         heat = self.workload.heat() if self.policy.places_by_heat else None
-        self._prefer = (
-            placement_by_heat(
-                heat, config.fast_pages - int(self.nodes.watermark[FAST, WMARK_LOW]) - self.machine.tables.upper.size
-            )
-            if heat is not None
-            else np.zeros(0, np.uint8)
-        )
+        self._prefer = np.zeros(0, np.uint8)
+        if heat is not None:
+            capacity = config.fast_pages - int(self.nodes.watermark[FAST, WMARK_LOW]) - self.machine.tables.upper.size
+            # Of a huge page the whole goes where its first access says, so there whole tables compete.
+            unit = TABLE_PAGES if config.kernel.thp == "always" else 1
+            self._prefer = placement_by_heat(heat.reshape(-1, unit).sum(axis=1), capacity // unit).repeat(unit)
         self._batch = new_batch(config.engine.block)
+        kernel, costs = config.kernel, config.costs
+        self._thp = Thp(
+            self.workload.space.whole_tables() if kernel.thp == "always" else np.zeros(0, np.uint8),
+            costs.minor_fault_ps + costs.clear_page_huge_ps,
+            kernel.thp_defrag == "always",
+        )
+        self.khugepaged = Khugepaged(self.view, self._thp.whole, kernel.khugepaged_pages_to_scan)
         self._buffers = [
             Buffer(self.machine.vcpus.address[v], self.machine.vcpus.kind[v], self.machine.vcpus.think_ps[v])
             for v in range(config.vcpus)
@@ -169,6 +177,8 @@ class Guest:
         self._tick_ps = PS_PER_S // config.kernel.hz
         if self.tiering.reclaim_mark is not None:
             self._at(boot_ps + self._tick_ps, self._tick)
+        if config.kernel.thp == "always" and config.kernel.khugepaged_pages_to_scan:
+            self._at(boot_ps + config.kernel.khugepaged_scan_sleep_ps, self._run_khugepaged)
         self.null_activation_ns = self._calibrate()
         self._threads.on_agent(self.tiering.start)
 
@@ -280,13 +290,14 @@ class Guest:
         machine, config, batch = self.machine, self.config, self._batch
         vcpus, counters = machine.vcpus, machine.counters
         vcpu = int(machine.state[S.TURN])
-        collect(machine, vcpu, config.engine.block, self.nodes, self._prefer, FAST, config.costs.minor_fault_ps, batch)
+        collect(machine, vcpu, config.engine.block, self.nodes, self._prefer, FAST, config.costs.minor_fault_ps,
+                self._thp, batch)  # fmt: skip
         hints, gpfns, fresh, state = (int(count) for count in batch.counts)
         now = int(vcpus.field[vcpu, CLOCK])
         if gpfns:
             cost = self._ept_fault(now, batch.gpfn[:gpfns], np.ones(gpfns, np.uint8))
             charge_violations(vcpus, vcpu, batch, cost)
-            counters[C.exit__ept_violation] += gpfns
+            counters[C.exit__ept_violation] += np.count_nonzero(cost)
         if fresh and clear_fresh(machine, vcpu, batch.fresh[:fresh], batch.fresh_gpfn[:fresh]):
             raise GuestError("the host left frames unmapped after it had answered the fault")
         if hints:
@@ -361,6 +372,10 @@ class Guest:
         spent = self.meter.now - began
         self._kswapd_at = began + (2 * spent if spent else self._tick_ps)
         self._wake_kswapd(began)
+
+    def _run_khugepaged(self) -> None:
+        self._activate(KTHREAD, self._agent_vcpu(), self.khugepaged.run)
+        self._at(self.meter.now + self.config.kernel.khugepaged_scan_sleep_ps, self._run_khugepaged)
 
     # -- agent thread -------------------------------------------------------------------------------------------
 

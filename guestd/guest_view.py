@@ -2,7 +2,7 @@
 
 Invalidation is the guest kernel's (`guestd.flush`); clearing an accessed bit flushes nothing (arch/x86/mm/pgtable.c,
 ptep_clear_flush_young). Migration flushes once per page as in 5.15, or once per batch from 6.3 on
-(`GuestKernel.batched_unmap_flush`).
+(`GuestKernel.batched_unmap_flush`), but always once per huge page.
 """
 
 from collections.abc import Callable
@@ -10,17 +10,31 @@ from collections.abc import Callable
 import numpy as np
 
 from guestd.events import EventLog
+from guestd.fault import clear_fresh
 from guestd.flush import TlbFlush
+from guestd.jit import inline
 from guestd.machine import Machine
 from guestd.meter import MIGRATE, TASK, Meter, metered
-from guestd.mm.nodes import FAST, Nodes, give_free
-from guestd.pml import Pml, set_dirty
+from guestd.mm.nodes import FAST, NO_PAGE, Nodes, allocate, give_all_free, give_free
+from guestd.pml import set_accessed, set_dirty
+from guestd.tiering.pages import Pdes, expand, frame_of
+from guestd.tiering.radix import radix_of
 from guestd.tiering.view import PageView
-from proto.arrays import Bytes, Ints, Words
+from proto.arrays import Bytes, Ints, Mask, Words
 from proto.config import GuestConfig
 from proto.costs import copy_ps
-from proto.counters import C, Counters
-from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE
+from proto.counters import C
+from proto.entry import (
+    ACCESSED,
+    DIRTY,
+    FRAME_MASK,
+    FRAME_SHIFT,
+    HUGE,
+    PRESENT,
+    PROTNONE,
+    STAMP_TABLE_BASE,
+    WRITABLE,
+)
 from proto.units import PAGE_SHIFT, PAGE_SIZE, TABLE_PAGES, TABLE_SHIFT
 
 EptFaultCall = Callable[[int, Words, Bytes], Words]
@@ -31,48 +45,88 @@ MIGRATE_BATCH = 512
 
 
 @metered
-def _protect(gpt: Words, half: int, first: int, count: int) -> int:
-    changed = 0
-    for page in range(first, first + count):
-        entry = gpt[page]
-        if (entry & PRESENT) != 0 and ((entry & FRAME_MASK) >> FRAME_SHIFT) >= half:
-            gpt[page] = (entry & ~PRESENT) | PROTNONE
-            changed += 1
-    return changed
+def _protect(gpt: Words, pde: Pdes, half: int, first: int, count: int) -> tuple[int, int, int]:
+    """Put slow units under PROT_NONE: (pages changed, huge pages among them, entries visited)."""
+    changed = huge = visited = 0
+    page, end = first, first + count
+    while page < end:
+        number = page >> TABLE_SHIFT
+        table_end = min(end, (number + 1) << TABLE_SHIFT)
+        visited += 1
+        if (pde[number] & HUGE) != 0:
+            if page == number << TABLE_SHIFT and (pde[number] & PRESENT) != 0 and frame_of(pde[number]) >= half:
+                pde[number] = (pde[number] & ~PRESENT) | PROTNONE
+                for leaf in range(page, page + TABLE_PAGES):
+                    gpt[leaf] = (gpt[leaf] & ~PRESENT) | PROTNONE
+                changed += TABLE_PAGES
+                huge += 1
+        elif pde[number] != 0:
+            for leaf in range(page, table_end):
+                if (gpt[leaf] & PRESENT) != 0 and frame_of(gpt[leaf]) >= half:
+                    gpt[leaf] = (gpt[leaf] & ~PRESENT) | PROTNONE
+                    changed += 1
+            visited += table_end - page
+        page = table_end
+    return changed, huge, visited
 
 
 @metered
-def _copy_and_map(
-    gpt: Words, ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Ints, targets: Ints, protnone: int,
-    pml: Pml, vcpu: int, counters: Counters,
-) -> None:  # fmt: skip
+def _copy_and_map(m: Machine, nodes: Nodes, pages: Words, frames: Words, targets: Words, protnone: int,
+                  vcpu: int) -> None:  # fmt: skip
     """Copy contents gPA to gPA through the EPT, point the entries at the targets (old, clean), free the sources."""
+    gpt, ept, stamps = m.gpt, m.ept, m.stamps
     for i in range(pages.size):
-        source = (ept[frames[i]] & FRAME_MASK) >> FRAME_SHIFT
-        entry = ept[targets[i]]
-        stamps[(entry & FRAME_MASK) >> FRAME_SHIFT] = stamps[source]
-        set_dirty(pml, vcpu, ept, targets[i], 0, counters)
-        ept[frames[i]] |= ACCESSED
-        old = gpt[pages[i]]
-        entry = (old & ~(FRAME_MASK | ACCESSED | DIRTY)) | (np.int64(targets[i]) << FRAME_SHIFT)
-        if protnone != 0:
-            entry = (entry & ~PRESENT) | protnone
-        gpt[pages[i]] = entry
+        stamps[frame_of(ept[targets[i]])] = stamps[frame_of(ept[frames[i]])]
+        set_dirty(m.pml, vcpu, ept, m.tables.ept_pde, targets[i], 0, m.counters)
+        set_accessed(ept, m.tables.ept_pde, frames[i])
+        gpt[pages[i]] = _remap(gpt[pages[i]], targets[i], protnone)
         give_free(nodes, frames[i])
 
 
 @metered
-def _swap_contents(gpt: Words, ept: Words, stamps: Words, pages: Words, frames: Ints, others: Words,
-                   other_frames: Ints, pml: Pml, vcpu: int, counters: Counters) -> None:  # fmt: skip
+def _swap_contents(m: Machine, pages: Words, frames: Words, others: Words, other_frames: Words, vcpu: int) -> None:
+    gpt, ept, stamps = m.gpt, m.ept, m.stamps
     for i in range(pages.size):
         a, b = frames[i], other_frames[i]
-        slot_a, slot_b = (ept[a] & FRAME_MASK) >> FRAME_SHIFT, (ept[b] & FRAME_MASK) >> FRAME_SHIFT
+        slot_a, slot_b = frame_of(ept[a]), frame_of(ept[b])
         stamps[slot_a], stamps[slot_b] = stamps[slot_b], stamps[slot_a]
-        set_dirty(pml, vcpu, ept, a, 0, counters)
-        set_dirty(pml, vcpu, ept, b, 0, counters)
-        keep = ~(FRAME_MASK | ACCESSED | DIRTY)
-        gpt[pages[i]] = (gpt[pages[i]] & keep) | (np.int64(b) << FRAME_SHIFT)
-        gpt[others[i]] = (gpt[others[i]] & keep) | (np.int64(a) << FRAME_SHIFT)
+        set_dirty(m.pml, vcpu, ept, m.tables.ept_pde, a, 0, m.counters)
+        set_dirty(m.pml, vcpu, ept, m.tables.ept_pde, b, 0, m.counters)
+        gpt[pages[i]] = _remap(gpt[pages[i]], b, 0)
+        gpt[others[i]] = _remap(gpt[others[i]], a, 0)
+
+
+@inline
+def _remap(entry: int, frame: int, protnone: int) -> int:
+    """``entry`` for another frame, not accessed yet; under PROT_NONE if that is wanted or if it was."""
+    entry = (entry & ~(FRAME_MASK | ACCESSED | DIRTY)) | (frame << FRAME_SHIFT)
+    return (entry & ~PRESENT) | PROTNONE if protnone != 0 else entry
+
+
+@metered
+def _remap_huge(pde: Pdes, heads: Words, frames: Words, protnone: int) -> None:
+    """The same for the entries of huge pages, whose leaves are done."""
+    for i in range(heads.size):
+        pde[heads[i] >> TABLE_SHIFT] = _remap(pde[heads[i] >> TABLE_SHIFT], frames[i], protnone)
+
+
+@metered
+def _split_entries(gpt: Words, pde: Pdes, heads: Words, tables: Words) -> None:
+    """The leaves take over from the entries of huge pages, which map ``tables`` now."""
+    for i in range(heads.size):
+        number = heads[i] >> TABLE_SHIFT
+        bits = pde[number] & (ACCESSED | DIRTY)
+        for leaf in range(heads[i], heads[i] + TABLE_PAGES):
+            gpt[leaf] |= bits
+        pde[number] = (tables[i] << FRAME_SHIFT) | PRESENT | WRITABLE | (bits & ACCESSED)
+
+
+@metered
+def _collapse_entries(gpt: Words, pde: Pdes, head: int, target: int) -> None:
+    """One entry, young and dirty as mk_huge_pmd makes it, takes over from 512 leaves, which are accessible now."""
+    for leaf in range(head, head + TABLE_PAGES):
+        gpt[leaf] = (gpt[leaf] & ~PROTNONE) | PRESENT
+    pde[head >> TABLE_SHIFT] = (target << FRAME_SHIFT) | PRESENT | WRITABLE | HUGE | ACCESSED | DIRTY
 
 
 class GuestView(PageView):
@@ -80,8 +134,9 @@ class GuestView(PageView):
 
     def __init__(self, machine: Machine, nodes: Nodes, meter: Meter, config: GuestConfig,
                  schedule: Callable[[str, int], None], ept_fault: EptFaultCall, events: EventLog) -> None:  # fmt: skip
-        super().__init__(nodes, machine.gpt, meter, config.costs, machine.counters, machine.vcpus.field.shape[0],
-                         machine.gpt.size, schedule)  # fmt: skip
+        shape = radix_of(machine.tables.upper, machine.tables.parent, machine.table_gva.size)
+        super().__init__(nodes, machine.gpt, shape, meter, config.costs, machine.counters,
+                         machine.vcpus.field.shape[0], machine.gpt.size, schedule)  # fmt: skip
         self._machine = machine
         self._kernel = config.kernel
         self._events = events
@@ -98,23 +153,31 @@ class GuestView(PageView):
 
     def protect(self, first: int, count: int) -> int:
         count = self._clip(first, count)
-        changed = int(_protect(self.meter.book, self._table, self._half, first, count))
-        self.meter.charge(self.costs.protect_pte_ps * count)
+        changed, huge, visited = _protect(self.meter.book, self._table, self._pde, self._half, first, count)
+        self.meter.charge(self.costs.protect_pte_ps * visited)
         self.counters[C.vmstat__numa_pte_updates] += changed
+        self.counters[C.vmstat__numa_huge_pte_updates] += huge
         if changed:
             # mmu_gather covers the range from first to last changed page.
             self.flush.range(np.arange(first, first + count, dtype=np.int64))
-        return changed
+        return int(changed)
 
     def _flush_young(self, young: int) -> None:
         """Nothing: x86 leaves the stale entry, at worst the page looks idle for a while."""
 
-    def _flush_dirty(self, pages: Words) -> None:
-        self.flush.range(pages)
+    def _flush_scanned(self) -> None:
+        self.flush.all()
 
-    def _flush_unmapped(self, pages: Words, batched: bool) -> None:
-        # ptep_clear_flush (mm/pgtable-generic.c) flushes only what a TLB can hold: not a PROT_NONE entry, so a
-        # promotion in the hint fault flushes nothing since the fault maps the page late (b99a342d4f11, Linux 5.13).
+    def _flush_dirty(self, pages: Words) -> None:
+        self.flush.range(expand(pages, self.sizes(pages)))
+
+    def _flush_unmapped(self, pages: Words, sizes: Words, batched: bool) -> None:
+        # pmdp_invalidate (mm/pgtable-generic.c) flushes whatever the entry was, and is in no batch.
+        for head in pages[sizes > 1]:
+            self.flush.huge(int(head))
+        # ptep_clear_flush flushes only what a TLB can hold: not a PROT_NONE entry, so a promotion in the hint fault
+        # flushes nothing since the fault maps the page late (b99a342d4f11, Linux 5.13).
+        pages = pages[sizes == 1]
         pages = pages[(self._table[pages] & PRESENT) != 0]
         if batched:
             for _ in range(0, pages.size, MIGRATE_BATCH):
@@ -122,13 +185,13 @@ class GuestView(PageView):
         elif pages.size:
             self.flush.pages(pages, requests=pages.size)
 
-    def _back(self, frames: Ints) -> None:
+    def _back(self, frames: Words) -> None:
         """Have the host map frames before a copy, as its first access would."""
         machine = self._machine
-        missing = frames[(machine.ept[frames] & PRESENT) == 0].astype(np.int64)
+        missing = frames[(machine.ept[frames] & PRESENT) == 0]
         if missing.size:
             cost = self._ept_fault(self.now, missing, np.ones(missing.size, np.uint8))
-            self.counters[C.exit__ept_violation] += missing.size
+            self.counters[C.exit__ept_violation] += np.count_nonzero(cost)
             self.meter.charge(int(cost.sum()))
 
     def _gva(self, pages: Words) -> Words:
@@ -140,26 +203,65 @@ class GuestView(PageView):
         budget[0, source] -= pages * PAGE_SIZE
         budget[1, target] -= pages * PAGE_SIZE
 
-    def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int, protect: bool) -> None:
-        machine = self._machine
-        self._back(np.concatenate([frames, targets]))
-        self._flush_unmapped(pages, self._kernel.batched_unmap_flush and self.meter.context != TASK)
-        _copy_and_map(self.meter.book, machine.gpt, machine.ept, machine.stamps, self.nodes, pages, frames, targets,
-                      PROTNONE if protect else 0, machine.pml, self.flush.vcpu, machine.counters)  # fmt: skip
-        self._traffic(1 - node, node, pages.size)
-        self.meter.charge(cost_ps * pages.size)
-        self._events.add(self.now, "promote" if node == FAST else "demote", self._gva(pages), 1 - node, node)
+    def _migrate(self, pages: Words, frames: Ints, targets: Ints, sizes: Words, node: int, cost_ps: Words,
+                 protect: bool) -> None:  # fmt: skip
+        leaves, sources, places = expand(pages, sizes), expand(frames, sizes), expand(targets, sizes)
+        protnone = PROTNONE if protect else 0
+        self._back(np.concatenate([sources, places]))
+        self._flush_unmapped(pages, sizes, self._kernel.batched_unmap_flush and self.meter.context != TASK)
+        _copy_and_map(self.meter.book, self._machine, self.nodes, leaves, sources, places, protnone, self.flush.vcpu)
+        huge = sizes > 1
+        if huge.any():
+            _remap_huge(self.meter.book, self._pde, pages[huge], targets[huge].astype(np.int64), protnone)
+        self._traffic(1 - node, node, leaves.size)
+        self.meter.charge(int(cost_ps.sum()))
+        self._events.add(self.now, "promote" if node == FAST else "demote", self._gva(leaves), 1 - node, node)
 
-    def _swap(self, slow_pages: Words, slow_frames: Ints, fast_pages: Words, fast_frames: Ints, batched: bool) -> None:
-        machine, costs = self._machine, self.costs
+    def _swap(self, slow_pages: Words, slow_frames: Ints, fast_pages: Words, fast_frames: Ints, sizes: Words,
+              batched: bool) -> None:  # fmt: skip
+        costs, book = self.costs, self.meter.book
+        slow, slow_places = expand(slow_pages, sizes), expand(slow_frames, sizes)
+        fast, fast_places = expand(fast_pages, sizes), expand(fast_frames, sizes)
         with self.meter.stage(MIGRATE):
-            self._back(np.concatenate([slow_frames, fast_frames]))
-            self._flush_unmapped(np.concatenate([slow_pages, fast_pages]), batched)
-            _swap_contents(self.meter.book, machine.gpt, machine.ept, machine.stamps, slow_pages, slow_frames,
-                           fast_pages, fast_frames, machine.pml, self.flush.vcpu, machine.counters)  # fmt: skip
-            self._traffic(1, FAST, slow_pages.size)
-            self._traffic(FAST, 1, slow_pages.size)
-            each = 2 * costs.migrate_page_ps + copy_ps(costs, True, False) + copy_ps(costs, False, True)
-            self.meter.charge(each * slow_pages.size)
-        self._events.add(self.now, "promote", self._gva(slow_pages), 1, FAST)
-        self._events.add(self.now, "demote", self._gva(fast_pages), FAST, 1)
+            self._back(np.concatenate([slow_places, fast_places]))
+            self._flush_unmapped(np.concatenate([slow_pages, fast_pages]), np.tile(sizes, 2), batched)
+            _swap_contents(book, self._machine, slow, slow_places, fast, fast_places, self.flush.vcpu)
+            huge = sizes > 1
+            if huge.any():
+                _remap_huge(book, self._pde, slow_pages[huge], fast_frames[huge].astype(np.int64), 0)
+                _remap_huge(book, self._pde, fast_pages[huge], slow_frames[huge].astype(np.int64), 0)
+            self._traffic(1, FAST, slow.size)
+            self._traffic(FAST, 1, slow.size)
+            copies = copy_ps(costs, True, False) + copy_ps(costs, False, True)
+            self.meter.charge(2 * costs.migrate_page_ps * slow_pages.size + copies * slow.size)
+        self._events.add(self.now, "promote", self._gva(slow), 1, FAST)
+        self._events.add(self.now, "demote", self._gva(fast), FAST, 1)
+
+    def _split(self, heads: Words) -> Mask:
+        """Each needs a page for its leaf table; where there is none left, the huge page stays."""
+        machine = self._machine
+        tables = np.array([allocate(self.nodes, FAST) for _ in heads], np.int64)
+        done = tables != NO_PAGE
+        heads, tables = heads[done], tables[done]
+        self._back(tables)
+        clear_fresh(machine, self.flush.vcpu, STAMP_TABLE_BASE + (heads >> TABLE_SHIFT), tables)
+        for head in heads:
+            self.flush.huge(int(head))
+        _split_entries(self.meter.book, self._table, self._pde, heads, tables)
+        self.meter.charge(self.costs.split_huge_ps * heads.size)
+        return done
+
+    def _collapse(self, pages: Words, frames: Ints, target: int, cost_ps: int) -> None:
+        machine, head = self._machine, int(pages[0])
+        table = frame_of(self._pde[head >> TABLE_SHIFT])
+        targets = np.arange(target, target + TABLE_PAGES, dtype=np.int64)
+        sources = frames.astype(np.int64)
+        self._back(np.concatenate([sources, targets]))
+        # pmdp_collapse_flush: it is 4 KiB translations that are flushed.
+        self.flush.range(pages)
+        _copy_and_map(self.meter.book, machine, self.nodes, pages, sources, targets, 0, self.flush.vcpu)
+        _collapse_entries(self.meter.book, self._table, self._pde, head, target)
+        give_all_free(self.nodes, np.array([table], np.int64))
+        node = int(target >= self._half)
+        self._traffic(node, node, TABLE_PAGES)
+        self.meter.charge(cost_ps)

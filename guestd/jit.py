@@ -7,6 +7,7 @@ import numba
 import numpy as np
 from numba import types
 from numba.core import cgutils
+from numba.cpython.unsafe import numbers
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -15,6 +16,8 @@ int64: Any = np.int64
 """Converts to int64 in a kernel; to a type checker the result is an int like any other."""
 int32: Any = np.int32
 """The same for int32: the low 32 bits."""
+trailing_zeros: Any = cast(Any, numbers).trailing_zeros
+"""``trailing_zeros(word)``: number of the lowest bit that is set in a word that is not 0."""
 
 _njit = cast(Any, numba.njit)
 # _nrt=False: kernels allocate nothing, and counting references to arrays would cost more than most of the work.

@@ -25,6 +25,7 @@ from proto.entry import (
     DIRTY,
     FRAME_MASK,
     FRAME_SHIFT,
+    HUGE,
     PRESENT,
     PROTNONE,
     TABLE_SEEN_BITS,
@@ -33,7 +34,7 @@ from proto.entry import (
     YOUNG,
 )
 from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP
-from proto.units import PAGE_SIZE
+from proto.units import PAGE_SIZE, TABLE_PAGES, TABLE_SHIFT
 
 
 @inline
@@ -113,7 +114,9 @@ def violation_wait(m: Machine, now: int, gpfn: int) -> int:
         again = (wait + state[S.EPT_VIOLATION_PS] - 1) // max(1, state[S.EPT_VIOLATION_PS])
         counters[C.kvm__mmu_retries] += again
         counters[C.exit__ept_violation] += again
-    if now < state[S.MIGRATING_UNTIL] and (gpfn == state[S.MIGRATING] or gpfn == state[S.MIGRATING_TOO]):
+    pages = state[S.MIGRATING_PAGES]
+    one, other = gpfn - state[S.MIGRATING], gpfn - state[S.MIGRATING_TOO]
+    if now < state[S.MIGRATING_UNTIL] and (0 <= one < pages or 0 <= other < pages):
         wait = max(wait, state[S.MIGRATING_UNTIL] - now)
     if state[S.TDP_MMU] == 1:
         lock_ps = wait_for(m.mmu_lock, now + wait)
@@ -124,14 +127,43 @@ def violation_wait(m: Machine, now: int, gpfn: int) -> int:
 
 
 @inline
-def _zap(ept: Words, gpfn: int) -> bool:
-    """Clear a leaf's present bit; its A bit survives in software. Returns whether it was present."""
-    entry = ept[gpfn]
+def _zap(m: Machine, gpfn: int) -> bool:
+    """Clear the entry that maps ``gpfn``; its A bit survives in software. Returns whether it was present."""
+    table, entry = gpfn >> TABLE_SHIFT, m.ept[gpfn]
     if (entry & PRESENT) == 0:
         return False
-    young = YOUNG if (entry & ACCESSED) != 0 else 0
-    ept[gpfn] = (entry & ~(PRESENT | ACCESSED | DIRTY)) | young
+    if (m.tables.ept_pde[table] & HUGE) != 0:
+        head = table << TABLE_SHIFT
+        for leaf in range(head, head + TABLE_PAGES):
+            m.ept[leaf] &= ~PRESENT
+        if (m.tables.ept_pde[table] & ACCESSED) != 0:
+            m.ept[head] |= YOUNG
+        m.tables.ept_pde[table] &= ~(ACCESSED | DIRTY)
+    else:
+        young = YOUNG if (entry & ACCESSED) != 0 else 0
+        m.ept[gpfn] = (entry & ~(PRESENT | ACCESSED | DIRTY)) | young
     return True
+
+
+@kernel
+def _zap_range(m: Machine, first: int, end: int, protnone: bool) -> int:
+    """Zap gPA frames [first, end), and put what lies in slow slots under PROT_NONE; how many entries were present."""
+    zapped = 0
+    gpfn = first
+    while gpfn < end:
+        huge = (m.tables.ept_pde[gpfn >> TABLE_SHIFT] & HUGE) != 0
+        head = gpfn & ~(TABLE_PAGES - 1) if huge else gpfn
+        after = head + TABLE_PAGES if huge else gpfn + 1
+        if _zap(m, gpfn):
+            zapped += 1
+        entry = m.ept[gpfn]
+        slow = ((entry & FRAME_MASK) >> FRAME_SHIFT) >= m.state[S.SLOW_FRAMES]
+        # A huge page is protected by the range that its head is in.
+        if protnone and slow and (entry & WRITABLE) != 0 and head == gpfn:
+            for leaf in range(head, after):
+                m.ept[leaf] |= PROTNONE
+        gpfn = after
+    return zapped
 
 
 @inline
@@ -145,7 +177,7 @@ def _move(m: Machine, gpfn: int, target: int, flags: int) -> None:
     entry = m.ept[gpfn]
     source = (entry & FRAME_MASK) >> FRAME_SHIFT
     m.stamps[target] = m.stamps[source]
-    m.ept[gpfn] = (entry & ~(FRAME_MASK | PROTNONE)) | (target << FRAME_SHIFT) | flags
+    m.ept[gpfn] = (entry & ~(FRAME_MASK | PROTNONE)) | (target << FRAME_SHIFT) | (flags & PROTNONE)
     _use_bandwidth(m, source, 0)
     _use_bandwidth(m, target, 1)
 
@@ -162,6 +194,17 @@ def _swap(m: Machine, a: int, b: int) -> None:
     for frame in (frame_a, frame_b):
         _use_bandwidth(m, frame, 0)
         _use_bandwidth(m, frame, 1)
+
+
+@kernel
+def _make_huge(m: Machine, gpfn: int) -> None:
+    """The 512 pages from ``gpfn`` on are one huge page; whether one of them was young, its first says now."""
+    young = 0
+    for leaf in range(gpfn, gpfn + TABLE_PAGES):
+        young |= m.ept[leaf] & YOUNG
+        m.ept[leaf] &= ~YOUNG
+    m.ept[gpfn] |= young
+    m.tables.ept_pde[gpfn >> TABLE_SHIFT] = PRESENT | HUGE
 
 
 @inline
@@ -189,30 +232,28 @@ def apply_operation(m: Machine, operation: Any) -> None:
         spend(m.vcpus, operation.a, HOST_TASK, operation.b)
         m.counters[C.exit__host_task] += 1
     elif kind == OP_ZAP:
-        for gpfn in range(operation.a, operation.a + operation.b):
-            if _zap(m.ept, gpfn):
-                zapped += 1
-            entry = m.ept[gpfn]
-            slow = ((entry & FRAME_MASK) >> FRAME_SHIFT) >= m.state[S.SLOW_FRAMES]
-            if (entry & WRITABLE) != 0 and slow and operation.flags == PROTNONE:
-                m.ept[gpfn] = entry | PROTNONE
+        zapped = _zap_range(m, operation.a, operation.a + operation.b, operation.flags & PROTNONE != 0)
         _notify(m.state, now, operation.a, operation.b, operation.busy_ps)
     elif kind == OP_HARVEST:
         _harvest(m, now)
     elif kind != OP_FLUSH:
-        if _zap(m.ept, operation.a):
-            zapped += 1
+        pages = TABLE_PAGES if operation.flags & HUGE != 0 else 1
+        zapped = _zap_range(m, operation.a, operation.a + pages, False)
         m.state[S.MIGRATING] = m.state[S.MIGRATING_TOO] = operation.a
+        m.state[S.MIGRATING_PAGES] = pages
         m.state[S.MIGRATING_UNTIL] = now + operation.busy_ps
         if kind == OP_SWAP:
-            if _zap(m.ept, operation.b):
-                zapped += 1
+            zapped += _zap_range(m, operation.b, operation.b + pages, False)
             m.state[S.MIGRATING_TOO] = operation.b
     m.counters[C.kvm__mmu_zapped] += zapped
     if kind == OP_FLUSH or zapped > 0:
         hold(m.mmu_lock, now, operation.hold_ps)
         request_flush(m, now)
-    if kind == OP_MOVE:
-        _move(m, operation.a, operation.b, operation.flags)
-    elif kind == OP_SWAP:
-        _swap(m, operation.a, operation.b)
+    if kind in (OP_MOVE, OP_SWAP):
+        for page in range(TABLE_PAGES if operation.flags & HUGE != 0 else 1):
+            if kind == OP_MOVE:
+                _move(m, operation.a + page, operation.b + page, operation.flags)
+            else:
+                _swap(m, operation.a + page, operation.b + page)
+    if kind == OP_MOVE and operation.flags & HUGE != 0:
+        _make_huge(m, operation.a)

@@ -60,7 +60,8 @@ class S(IntEnum):
     NOTIFIER_UNTIL = auto()
     MIGRATING = auto()
     MIGRATING_TOO = auto()
-    """gPA frames that the host is migrating, until `MIGRATING_UNTIL`."""
+    """gPA frames that the host is migrating, until `MIGRATING_UNTIL`; each the first of `MIGRATING_PAGES`."""
+    MIGRATING_PAGES = auto()
     MIGRATING_UNTIL = auto()
     PCPUS = auto()
     """Physical CPUs that the fleet's vCPUs share; 0 = each has its own."""

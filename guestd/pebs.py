@@ -21,7 +21,7 @@ from guestd.pml import Pml, set_dirty
 from guestd.pmu import Pmu
 from guestd.tiering.policy import Sampling
 from guestd.vcpu import DS_FAULT, DS_INDEX, RANDOM, TAG_LEFT
-from proto.arrays import Words
+from proto.arrays import Bytes, Words
 from proto.costs import Costs
 from proto.counters import C, Counters
 from proto.entry import PRESENT
@@ -146,8 +146,8 @@ def _count(ds: DsArea, vcpu: int, event: int) -> int:
 
 @inline
 def _write_record(
-    ds: DsArea, pml: Pml, ept: Words, field: Words, vcpu: int, event: int, tsc: int, gva: int, slow: int,
-    latency_ps: int, counters: Counters,
+    ds: DsArea, pml: Pml, ept: Words, ept_pde: Bytes, field: Words, vcpu: int, event: int, tsc: int, gva: int,
+    slow: int, latency_ps: int, counters: Counters,
 ) -> None:  # fmt: skip
     """Write one record, or drop it.
 
@@ -173,15 +173,15 @@ def _write_record(
     for page in range(index * size >> PAGE_SHIFT, ((index + 1) * size - 1 >> PAGE_SHIFT) + 1):
         gpfn = ds.gpfn[vcpu, page]
         if (ept[gpfn] & PRESENT) != 0:
-            set_dirty(pml, vcpu, ept, gpfn, 1, counters)
+            set_dirty(pml, vcpu, ept, ept_pde, gpfn, 1, counters)
         elif field[DS_FAULT] == 0:
             field[DS_FAULT] = index + 1
 
 
 @inline
 def sample(
-    on: int, ds: DsArea, pml: Pml, ept: Words, field: Words, vcpu: int, kind: int, clock: int, address: int,
-    table_gva: Words, slow: int, latency_ps: int, llc_hit: bool, counters: Counters,
+    on: int, ds: DsArea, pml: Pml, ept: Words, ept_pde: Bytes, field: Words, vcpu: int, kind: int, clock: int,
+    address: int, table_gva: Words, slow: int, latency_ps: int, llc_hit: bool, counters: Counters,
 ) -> tuple[int, bool]:  # fmt: skip
     """The PMU after one access: (what its records cost the vCPU in ps, whether it wants service now).
 
@@ -211,7 +211,9 @@ def sample(
         gva = table_gva[address >> _LEAF_SHIFT] + (address & ((1 << _LEAF_SHIFT) - 1))
         for event in range(EVENTS):
             if (fired >> event) & 1:
-                _write_record(ds, pml, ept, field, vcpu, event, clock + cost_ps, gva, slow, latency_ps, counters)
+                _write_record(
+                    ds, pml, ept, ept_pde, field, vcpu, event, clock + cost_ps, gva, slow, latency_ps, counters
+                )
                 cost_ps += params[P_RECORD_PS]
         service = field[DS_INDEX] >= params[P_INTERRUPT] or field[DS_FAULT] != 0
     return cost_ps, service
@@ -238,11 +240,11 @@ _drain = metered(drain)
 
 
 @kernel
-def _complete(ds: DsArea, pml: Pml, ept: Words, field: Words, vcpu: int, counters: Counters) -> None:
+def _complete(ds: DsArea, pml: Pml, ept: Words, ept_pde: Bytes, field: Words, vcpu: int, counters: Counters) -> None:
     """The records that met an EPT violation are written now: their pages get A and D."""
     size = ds.params[P_RECORD_BYTES]
     for page in range((field[DS_FAULT] - 1) * size >> PAGE_SHIFT, (field[DS_INDEX] * size - 1 >> PAGE_SHIFT) + 1):
-        set_dirty(pml, vcpu, ept, ds.gpfn[vcpu, page], 1, counters)
+        set_dirty(pml, vcpu, ept, ept_pde, ds.gpfn[vcpu, page], 1, counters)
     field[DS_FAULT] = 0
 
 
@@ -250,11 +252,19 @@ class Pebs(Pmu):
     """PEBS of all vCPUs, over the machine's arrays. ``field``: int64[vcpus, FIELDS]; ``sampling`` None: it is off."""
 
     def __init__(
-        self, ds: DsArea, pml: Pml, ept: Words, field: Words, counters: Counters, sampling: Sampling | None
+        self,
+        ds: DsArea,
+        pml: Pml,
+        ept: Words,
+        ept_pde: Bytes,
+        field: Words,
+        counters: Counters,
+        sampling: Sampling | None,
     ) -> None:
         self._ds = ds
         self._pml = pml
         self._ept = ept
+        self._ept_pde = ept_pde
         self._field = field
         self._counters = counters
         self._sampling = sampling
@@ -275,7 +285,7 @@ class Pebs(Pmu):
         return written[(self._ept[written] & PRESENT) == 0]
 
     def resolved(self, vcpu: int) -> None:
-        _complete(self._ds, self._pml, self._ept, self._field[vcpu], vcpu, self._counters)
+        _complete(self._ds, self._pml, self._ept, self._ept_pde, self._field[vcpu], vcpu, self._counters)
 
     def interrupt_due(self, vcpu: int) -> bool:
         return bool(self._field[vcpu, DS_INDEX] >= self._ds.params[P_INTERRUPT])

@@ -30,7 +30,15 @@ class PerfEvents:
     def __init__(self, config: GuestConfig, machine: Machine, nodes: Nodes, meter: Meter, ept_fault: EptFaultCall,
                  sampling: Sampling | None) -> None:  # fmt: skip
         self.sampling = sampling
-        self.pmu: Pmu = Pebs(machine.ds, machine.pml, machine.ept, machine.vcpus.field, machine.counters, sampling)
+        self.pmu: Pmu = Pebs(
+            machine.ds,
+            machine.pml,
+            machine.ept,
+            machine.tables.ept_pde,
+            machine.vcpus.field,
+            machine.counters,
+            sampling,
+        )
         self._config = config
         self._machine = machine
         self._nodes = nodes

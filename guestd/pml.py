@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from guestd.jit import inline, kernel
+from guestd.jit import inline, int64, kernel
 from proto.arrays import Bytes, Words
 from proto.costs import Costs
 from proto.counters import C, Counters
-from proto.entry import ACCESSED, DIRTY
+from proto.entry import ACCESSED, DIRTY, HUGE
 from proto.units import PAGE_SHIFT, TABLE_SHIFT
 
 ENTRIES = 512
@@ -80,13 +80,27 @@ def log_dirty(pml: Pml, vcpu: int, gpfn: int, useless: int, counters: Counters) 
 
 
 @inline
-def set_dirty(pml: Pml, vcpu: int, ept: Words, gpfn: int, useless: int, counters: Counters) -> None:
-    """A write reaches the frame that the EPT's leaf ``gpfn`` maps: A and D, and a log entry where D was clear."""
-    entry = ept[gpfn]
+def set_dirty(pml: Pml, vcpu: int, ept: Words, ept_pde: Bytes, gpfn: int, useless: int, counters: Counters) -> None:
+    """A write reaches the frame that the EPT maps at ``gpfn``: A and D there, and a log entry where D was clear."""
+    table = gpfn >> TABLE_SHIFT
+    huge = (ept_pde[table] & HUGE) != 0
+    entry = int64(ept_pde[table]) if huge else ept[gpfn]
     if (entry & (ACCESSED | DIRTY)) != (ACCESSED | DIRTY):
-        ept[gpfn] = entry | ACCESSED | DIRTY
+        if huge:
+            ept_pde[table] |= ACCESSED | DIRTY
+        else:
+            ept[gpfn] = entry | ACCESSED | DIRTY
         if (entry & DIRTY) == 0 and pml.params[P_ON] != 0:
             log_dirty(pml, vcpu, gpfn, useless, counters)
+
+
+@inline
+def set_accessed(ept: Words, ept_pde: Bytes, gpfn: int) -> None:
+    """A read reaches the frame that the EPT maps at ``gpfn``."""
+    if (ept_pde[gpfn >> TABLE_SHIFT] & HUGE) != 0:
+        ept_pde[gpfn >> TABLE_SHIFT] |= ACCESSED
+    else:
+        ept[gpfn] |= ACCESSED
 
 
 @inline

@@ -11,8 +11,8 @@ from guestd.meter import CALLS, STAGES, Meter, meter_cost_ns
 from guestd.vcpu import CLOCK, LATENCY_BIN_SHIFT
 from proto.arrays import Mask, Words
 from proto.counters import EXIT_PARTS, STOLEN_PARTS, C, Counters, flush_totals, split, sum_parts
-from proto.entry import FRAME_MASK, FRAME_SHIFT
-from proto.units import PAGE_SIZE, PS_PER_NS, PS_PER_S
+from proto.entry import FRAME_MASK, FRAME_SHIFT, HUGE
+from proto.units import PAGE_SIZE, PS_PER_NS, PS_PER_S, TABLE_PAGES
 
 if TYPE_CHECKING:
     from guestd.guest import Guest
@@ -72,6 +72,7 @@ def build_report(guest: Guest) -> dict[str, Any]:
             "total_bytes": config.total_pages * PAGE_SIZE,
             "fast_bytes": config.fast_pages * PAGE_SIZE,
             "slow_bytes": config.slow_pages * PAGE_SIZE,
+            "huge_bytes": int(np.count_nonzero(machine.tables.upper & HUGE)) * TABLE_PAGES * PAGE_SIZE,
         },
         "outcome": "ok" if guest.finished else "stopped",
         "transactions": total,

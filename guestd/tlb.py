@@ -9,17 +9,13 @@ without the bit. A fill from a walk goes to both levels, a hit in the STLB to th
 Left out: the separate store L1 dTLB (16 entries) and 1 GiB pages.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
-from numba.cpython.unsafe.numbers import trailing_zeros
-
-from guestd.jit import assume, inline, int32, int64, kernel, match8, match16
+from guestd.jit import assume, inline, int32, int64, kernel, match8, match16, trailing_zeros
 from proto.arrays import Ints, Words
 from proto.costs import Costs
 from proto.entry import FRAME_BITS
 from proto.units import TABLE_PAGES
-
-_trailing_zeros = cast(Any, trailing_zeros)
 
 LANES = 8
 L1_LANES = 4
@@ -100,12 +96,12 @@ def find(tags: Ints, base: int, stride: int, key: int) -> int:
     if stride == 2 * LANES:
         hit = match16(tags, base, key)
         if hit != 0:
-            slot = base + _trailing_zeros(hit)
+            slot = base + trailing_zeros(hit)
     else:
         for lane in range(0, stride, LANES):
             hit = match8(tags, base + lane, key)
             if hit != 0:
-                slot = base + lane + _trailing_zeros(hit)
+                slot = base + lane + trailing_zeros(hit)
     return slot
 
 
@@ -140,7 +136,7 @@ def victim(recent: Words, index: int, ways: int) -> int:
     """The way of set ``index``, among the bits ``ways``, to be replaced next."""
     assume(index >= 0)
     free = ~recent[index] & ways
-    return int(_trailing_zeros(free)) if free != 0 else 0
+    return int(trailing_zeros(free)) if free != 0 else 0
 
 
 @inline

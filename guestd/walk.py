@@ -230,7 +230,7 @@ def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, ch
                         chain[5] = base
                         result = UNBACKED
                         break
-                    set_dirty(pml, vcpu, ept, base, 1, counters)
+                    set_dirty(pml, vcpu, ept, tables.ept_pde, base, 1, counters)
                     lies_slow = TABLE_SLOW if ((entry & FRAME_MASK) >> FRAME_SHIFT) >= slow_frames else 0
                     kept = upper[number] & ~(TABLE_SLOW | TABLE_SEEN_MASK)
                     upper[number] = kept | lies_slow | (epoch << TABLE_SEEN_SHIFT)

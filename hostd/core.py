@@ -214,6 +214,8 @@ class HostCore:
         if state.swap is not None:
             report["swap"] = state.swap.report()
             report["swap"]["in_pages"] -= report["integrity"]["pages_brought_back"]
+        if state.config.host.backs_huge:
+            report["host_thp"] = state.huge_pages()
         if state.dirty_log is not None:
             report["pml"]["harvested_pages"] = state.dirty_log.harvested_pages
         return self._with_tiering(state, report) if state.flat else report
@@ -224,7 +226,9 @@ class HostCore:
         mine = split(state.counters - before.counters)
         for part, counters in ((report, mine), (report["populate"], split(before.counters))):
             for name, value in counters["vmstat"].items():
-                part["vmstat"][name] += value
+                # Huge pages are either kernel's own: those of the host are in `host_thp`.
+                if not name.startswith("thp_"):
+                    part["vmstat"][name] += value
         report["flushes"] = flush_totals(report["vmstat"], report["kvm"])
         report["migration"] |= {
             "promoted_pages": report["vmstat"]["pgpromote_success"],

@@ -3,7 +3,8 @@
 Every change asks for a flush of the whole VM (kvm_flush_remote_tlbs): a young page found while ageing, each at once; a
 scanned range, whose leaf entries are all zapped; each migration (virt/kvm/kvm_main.c, mm/mprotect.c). The host works
 while the VM is parked, for the quantum to come: what it does is emitted as timestamped operations that the VM's
-hardware executes at their times. In an EPT fault the VM waits, so there it acts at once.
+hardware executes at their times. In an EPT fault the VM waits, so there it acts at once. A huge page is one entry: KVM
+zaps all of it whatever part is named.
 """
 
 from collections.abc import Callable
@@ -11,16 +12,19 @@ from collections.abc import Callable
 import numpy as np
 
 from guestd.events import EventLog
+from guestd.jit import int64
 from guestd.meter import Meter, metered
 from guestd.mm.nodes import F_BUSY, FAST, Nodes, give_all_free, give_free
+from guestd.tiering.pages import Pdes, expand, frame_of
+from guestd.tiering.radix import ept_radix
 from guestd.tiering.view import PageView
-from proto.arrays import Ints, Words
+from proto.arrays import Ints, Mask, Words
 from proto.config import GuestConfig
 from proto.costs import copy_ps
 from proto.counters import C, Counters
-from proto.entry import DIRTY, FRAME_MASK, FRAME_SHIFT, PROTNONE, WRITABLE, YOUNG
+from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, HUGE, PRESENT, PROTNONE, WRITABLE, YOUNG
 from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP, OPERATION, VmMemory
-from proto.units import PAGE_SHIFT, PAGE_SIZE
+from proto.units import PAGE_SHIFT, PAGE_SIZE, TABLE_PAGES, TABLE_SHIFT
 
 Operations = np.ndarray[tuple[int], np.dtype[np.void]]
 """OPERATION[n]"""
@@ -29,14 +33,36 @@ PUD_PAGES = 1 << 18
 
 
 @metered
-def _count_slow(ept: Words, half: int, first: int, count: int) -> int:
-    """Backed slow pages of a range that are not under PROT_NONE yet."""
-    slow = 0
-    for page in range(first, first + count):
-        entry = ept[page]
-        if (entry & WRITABLE) != 0 and (entry & PROTNONE) == 0 and ((entry & FRAME_MASK) >> FRAME_SHIFT) >= half:
-            slow += 1
-    return slow
+def _count_slow(ept: Words, pde: Pdes, half: int, first: int, count: int) -> tuple[int, int, int]:
+    """Backed slow pages of a range that are not under PROT_NONE yet, huge pages among them, entries visited."""
+    slow = huge = visited = 0
+    page, end = first, first + count
+    while page < end:
+        number = page >> TABLE_SHIFT
+        table_end = min(end, (number + 1) << TABLE_SHIFT)
+        visited += 1
+        if (pde[number] & HUGE) != 0:
+            if page == number << TABLE_SHIFT and (ept[page] & PROTNONE) == 0 and frame_of(ept[page]) >= half:
+                slow += TABLE_PAGES
+                huge += 1
+        elif pde[number] != 0:
+            for leaf in range(page, table_end):
+                if (ept[leaf] & (WRITABLE | PROTNONE)) == WRITABLE and frame_of(ept[leaf]) >= half:
+                    slow += 1
+            visited += table_end - page
+        page = table_end
+    return slow, huge, visited
+
+
+@metered
+def _split_entries(ept: Words, pde: Pdes, heads: Words) -> None:
+    """The leaves take over from the entries of huge pages, with A and D; of what was zapped, that it was young."""
+    for head in heads:
+        number = head >> TABLE_SHIFT
+        bits = (int64(pde[number]) & (ACCESSED | DIRTY)) | (ept[head] & YOUNG)
+        for leaf in range(head, head + TABLE_PAGES):
+            ept[leaf] |= bits
+        pde[number] = PRESENT | (bits & ACCESSED)
 
 
 @metered
@@ -55,12 +81,12 @@ def _take_bitmap(bitmap: Words, out: Words) -> int:
 
 
 @metered
-def _move_now(ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Ints, targets: Ints) -> None:
+def _move_now(ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Words, targets: Words) -> None:
     """Copy and remap pages that are not mapped (their VM waits in an EPT fault), and free the sources."""
     for i in range(pages.size):
         stamps[targets[i]] = stamps[frames[i]]
         keep = ~(FRAME_MASK | DIRTY | YOUNG)
-        ept[pages[i]] = (ept[pages[i]] & keep) | (np.int64(targets[i]) << FRAME_SHIFT)
+        ept[pages[i]] = (ept[pages[i]] & keep) | (targets[i] << FRAME_SHIFT)
         give_free(nodes, frames[i])
 
 
@@ -73,12 +99,15 @@ class HostView(PageView):
     def __init__(self, config: GuestConfig, memory: VmMemory, nodes: Nodes, meter: Meter, counters: Counters,
                  schedule: Callable[[str, int], None], events: EventLog,
                  operations: list[Operations] | None = None) -> None:  # fmt: skip
-        super().__init__(nodes, memory.ept, meter, config.costs, counters, config.vcpus, config.total_pages, schedule)
+        shape = ept_radix(memory.ept_upper, memory.ept_pde.size)
+        super().__init__(nodes, memory.ept, shape, meter, config.costs, counters, config.vcpus,
+                         config.total_pages, schedule)  # fmt: skip
+        self._thp = config.host.backs_huge
         self._stamps = memory.stamps
         self._dirty = memory.dirty
         self.hint_fault_ps = config.costs.host_hint_fault_ps
         self.operations: list[Operations] = [] if operations is None else operations
-        self._moving: list[tuple[Words, Ints, Ints]] = []
+        self._moving: list[tuple[Words, Words, Words]] = []
         """Moves to come: (times, frames they leave, frames they go to), each in order of time."""
         self._events = events
         self.in_fault = False
@@ -89,7 +118,8 @@ class HostView(PageView):
 
     # -- operations for the coming quantum ----------------------------------------------------------------------
 
-    def _emit(self, kind: int, times: Words, a: Words, b: Words, flags: int = 0, busy_ps: int = 0) -> None:
+    def _emit(self, kind: int, times: Words, a: Words, b: Words, flags: int | Words = 0,
+              busy_ps: int | Words = 0) -> None:  # fmt: skip
         records = np.zeros(times.size, OPERATION)
         records["time_ps"], records["kind"], records["flags"] = times, kind, flags
         records["a"], records["b"] = a, b
@@ -138,10 +168,13 @@ class HostView(PageView):
             self._emit(OP_FLUSH, times, nothing, nothing)
             self.meter.charge(each * young)
 
-    def _flush_dirty(self, pages: Words) -> None:
+    def _flush_scanned(self) -> None:
         nothing = np.zeros(1, np.int64)
         self._emit(OP_FLUSH, np.array([self.now], np.int64), nothing, nothing)
         self.meter.charge(self._request_ps())
+
+    def _flush_dirty(self, pages: Words) -> None:
+        self._flush_scanned()
 
     def request_harvest(self) -> None:
         """Harvest the dirty log (PML) now: `harvest_dirty` has its pages after the barrier that follows.
@@ -164,8 +197,10 @@ class HostView(PageView):
         """Take pages (int64[n]) from the VM, each with a zap and flush of its own, and ``cost_ps`` more work.
 
         What reclaim does before it swaps out, and how a page that a balloon gave up leaves the EPT. Returns when each
-        is zapped, ps (int64[n]). Until the caller has disposed of the frames they are busy: nobody moves them.
+        is zapped, ps (int64[n]). Until the caller has disposed of the frames they are busy: nobody moves them. A huge
+        page is split first; what is taken is the pages that are named.
         """
+        self.split(pages)
         each = cost_ps + self.costs.zap_pte_ps + self._request_ps()
         times = self.now + each * np.arange(pages.size, dtype=np.int64)
         self._emit(OP_ZAP, times, pages, np.ones(pages.size, np.int64))
@@ -175,48 +210,79 @@ class HostView(PageView):
 
     def protect(self, first: int, count: int) -> int:
         count = self._clip(first, count)
-        slow = int(_count_slow(self.meter.book, self._table, self._half, first, count))
-        self.counters[C.vmstat__numa_pte_updates] += slow
+        if self._thp:
+            # task_numa_work rounds to whole huge pages.
+            end = min(self.pages, (first + count + TABLE_PAGES - 1) & -TABLE_PAGES)
+            first &= -TABLE_PAGES
+            count = end - first
+        total = 0
         for start in range(first, first + count, PUD_PAGES):
             length = min(PUD_PAGES, first + count - start)
+            slow, huge, visited = _count_slow(self.meter.book, self._table, self._pde, self._half, start, length)
             one = np.array([self.now], np.int64)
-            busy_ps = (self.costs.protect_pte_ps + self.costs.zap_pte_ps) * length + self._request_ps()
+            busy_ps = (self.costs.protect_pte_ps + self.costs.zap_pte_ps) * visited + self._request_ps()
             self._emit(OP_ZAP, one, np.array([start], np.int64), np.array([length], np.int64), PROTNONE, busy_ps)
             self.meter.charge(busy_ps)
-        return slow
+            self.counters[C.vmstat__numa_pte_updates] += slow
+            self.counters[C.vmstat__numa_huge_pte_updates] += huge
+            total += slow
+        return total
 
-    def _migrate(self, pages: Words, frames: Ints, targets: Ints, node: int, cost_ps: int, protect: bool) -> None:
+    def _busy(self, times: Words, frames: Words, targets: Words) -> None:
+        """Until a move at its time is executed, nobody may move its page again, known by either frame."""
+        self.nodes.flags[targets] |= F_BUSY
+        self.nodes.flags[frames] |= F_BUSY
+        self._moving.append((times, frames, targets))
+
+    def _migrate(self, pages: Words, frames: Ints, targets: Ints, sizes: Words, node: int, cost_ps: Words,
+                 protect: bool) -> None:  # fmt: skip
+        leaves, sources, places = expand(pages, sizes), expand(frames, sizes), expand(targets, sizes)
         if self.in_fault:
-            slow = int((frames >= self._half).sum())
-            self.fault_bytes[:2] += PAGE_SIZE * np.array((frames.size - slow, slow))
-            self.fault_bytes[2 + node] += PAGE_SIZE * frames.size
-            _move_now(self.meter.book, self._table, self._stamps, self.nodes, pages, frames, targets)
-            self.meter.charge(cost_ps * pages.size)
+            slow = int((sources >= self._half).sum())
+            self.fault_bytes[:2] += PAGE_SIZE * np.array((sources.size - slow, slow))
+            self.fault_bytes[2 + node] += PAGE_SIZE * sources.size
+            _move_now(self.meter.book, self._table, self._stamps, self.nodes, leaves, sources, places)
+            self.meter.charge(int(cost_ps.sum()))
         else:
             each = cost_ps + self._request_ps()
-            times = self.now + each * np.arange(pages.size, dtype=np.int64)
-            self._emit(OP_MOVE, times, pages, targets.astype(np.int64), PROTNONE if protect else 0, each)
-            # Until a move is executed, nobody may move its page again, known by either frame.
-            self.nodes.flags[targets] |= F_BUSY
-            self.nodes.flags[frames] |= F_BUSY
-            self._moving.append((times, frames, targets))
-            self.meter.charge(each * pages.size)
-        self._events.add(self.now, "promote" if node == FAST else "demote", pages << PAGE_SHIFT, 1 - node, node)
+            times = self.now + np.cumsum(each) - each
+            flags = np.where(sizes > 1, HUGE, 0) | (PROTNONE if protect else 0)
+            self._emit(OP_MOVE, times, pages, targets.astype(np.int64), flags, each)
+            self._busy(np.repeat(times, sizes), sources, places)
+            self.meter.charge(int(each.sum()))
+        self._events.add(self.now, "promote" if node == FAST else "demote", leaves << PAGE_SHIFT, 1 - node, node)
 
-    def _swap(self, slow_pages: Words, slow_frames: Ints, fast_pages: Words, fast_frames: Ints, batched: bool) -> None:
+    def _swap(self, slow_pages: Words, slow_frames: Ints, fast_pages: Words, fast_frames: Ints, sizes: Words,
+              batched: bool) -> None:  # fmt: skip
         """Each pair has a flush of its own: the host has no address to batch by (``batched`` changes nothing)."""
         costs = self.costs
-        each = (
-            2 * costs.migrate_page_ps + copy_ps(costs, True, False) + copy_ps(costs, False, True) + self._request_ps()
-        )
-        times = self.now + each * np.arange(slow_pages.size, dtype=np.int64)
-        self._emit(OP_SWAP, times, slow_pages, fast_pages, 0, each)
-        both = np.stack([slow_frames, fast_frames], axis=1).reshape(-1)
-        self.nodes.flags[both] |= F_BUSY
-        self._moving.append((np.repeat(times, 2), np.zeros(0, np.int32), both))
-        self.meter.charge(each * slow_pages.size)
-        self._events.add(self.now, "promote", slow_pages << PAGE_SHIFT, 1, FAST)
-        self._events.add(self.now, "demote", fast_pages << PAGE_SHIFT, FAST, 1)
+        copies = (copy_ps(costs, True, False) + copy_ps(costs, False, True)) * sizes
+        each = 2 * costs.migrate_page_ps + copies + self._request_ps()
+        times = self.now + np.cumsum(each) - each
+        self._emit(OP_SWAP, times, slow_pages, fast_pages, np.where(sizes > 1, HUGE, 0), each)
+        both = expand(np.stack([slow_frames, fast_frames], axis=1).reshape(-1), np.repeat(sizes, 2))
+        self._busy(np.repeat(times, 2 * sizes), both[:0], both)
+        self.meter.charge(int(each.sum()))
+        self._events.add(self.now, "promote", expand(slow_pages, sizes) << PAGE_SHIFT, 1, FAST)
+        self._events.add(self.now, "demote", expand(fast_pages, sizes) << PAGE_SHIFT, FAST, 1)
+
+    def _split(self, heads: Words) -> Mask:
+        """The EPT follows at once; what it maps of them is zapped at its time, as split_huge_pmd notifies KVM."""
+        mapped = heads[(self._table[heads] & PRESENT) != 0]
+        each = self.costs.split_huge_ps + self.costs.zap_pte_ps + self._request_ps()
+        times = self.now + each * np.arange(mapped.size, dtype=np.int64)
+        _split_entries(self.meter.book, self._table, self._pde, heads)
+        self._emit(OP_ZAP, times, mapped, np.full(mapped.size, TABLE_PAGES), 0, each)
+        self.meter.charge(each * mapped.size + self.costs.split_huge_ps * (heads.size - mapped.size))
+        return np.ones(heads.size, np.bool_)
+
+    def _collapse(self, pages: Words, frames: Ints, target: int, cost_ps: int) -> None:
+        each = cost_ps + self.costs.zap_pte_ps * TABLE_PAGES + self._request_ps()
+        times = np.array([self.now], np.int64)
+        self._emit(OP_MOVE, times, pages[:1], np.array([target], np.int64), HUGE, each)
+        places = np.arange(target, target + TABLE_PAGES, dtype=np.int64)
+        self._busy(np.repeat(times, TABLE_PAGES), frames.astype(np.int64), places)
+        self.meter.charge(each)
 
     def page_range(self, start: int, end: int) -> tuple[int, int]:
         first = min(start >> PAGE_SHIFT, self.pages)

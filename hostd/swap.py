@@ -13,6 +13,7 @@ import numpy as np
 from guestd.jit import kernel
 from guestd.meter import Meter, metered
 from guestd.mm.nodes import F_BUSY, F_LRU, Nodes, give_free, lru_remove
+from guestd.tiering.pages import expand, head_of
 from hostd.host_view import HostView
 from proto.arrays import Bytes, Words
 from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, WRITABLE, Entries
@@ -24,12 +25,14 @@ CLUSTER = 32
 
 
 @metered
-def _advance_hand(ept: Words, nodes: Nodes, hand: int, out: Words) -> tuple[int, int]:
-    """The next pages under the hand that have a frame which nobody moves: (how many, where the hand is then)."""
+def _advance_hand(ept: Words, ept_pde: Bytes, nodes: Nodes, hand: int, out: Words) -> tuple[int, int]:
+    """The next units under the hand that have a frame which nobody moves: (how many, where the hand is then)."""
     found = 0
     for step in range(ept.size):
         gpfn = (hand + step) % ept.size
         entry = ept[gpfn]
+        if head_of(ept_pde, gpfn) != gpfn:
+            continue
         if (entry & WRITABLE) != 0 and (nodes.flags[(entry & FRAME_MASK) >> FRAME_SHIFT] & F_BUSY) == 0:
             out[found] = gpfn
             found += 1
@@ -70,6 +73,7 @@ class Swap:
         self.out_pages = 0
         self.in_pages = 0
         self._ept: Entries = memory.ept
+        self._ept_pde = memory.ept_pde
         self._stamps = memory.stamps
         self._nodes = nodes
         self.view = view
@@ -103,16 +107,20 @@ class Swap:
         meter = self.meter
         while self._next_ps < until_ps:
             meter.now = max(now_ps, self._next_ps)
-            found, self._hand = _advance_hand(meter.book, self._ept, self._nodes, self._hand, self._pages)
+            found, self._hand = _advance_hand(
+                meter.book, self._ept, self._ept_pde, self._nodes, self._hand, self._pages
+            )
             if found:
                 self._look_at(self._pages[:found].copy())
             # What it had no time for is not made up for.
             self._next_ps = max(self._next_ps + self._period_ps, meter.now)
 
     def _look_at(self, pages: Words) -> None:
-        """Spare those that were accessed, and swap out the others."""
-        self.scanned_pages += pages.size
-        cold = pages[~self.view.test_and_clear_young(pages)]
+        """Spare those that were accessed, and swap out the others; a huge page in pieces."""
+        sizes = self.view.sizes(pages)
+        self.scanned_pages += int(sizes.sum())
+        spared = self.view.test_and_clear_young(pages)
+        cold = expand(pages[~spared], sizes[~spared])
         if cold.size:
             self._unmapped.append((self.view.unmap(cold, self.view.costs.swap_out_ps), cold))
 

@@ -4,7 +4,8 @@ Static provisioning: a VM owns `fast_pages` frames of the fast tier and `slow_pa
 the mutable state of that share. It is backed at a guest's first touch, or whole and for good before the guest runs
 (``host.populate``). Frame slots and gPA frames are numbered alike (proto.layout): in a guest-delegated
 design gPA node 0 is backed by the fast tier and node 1 by the slow one; in a host-side design the guest has one flat
-node, and first touch takes fast frames until the low watermark (Linux allocation order).
+node, and first touch takes fast frames until the low watermark (Linux allocation order). With ``host.thp=always`` the
+first touch of 2 MiB of gPA takes a block of frames for all of it, if a tier has one, which the EPT maps with one entry.
 """
 
 import heapq
@@ -16,63 +17,20 @@ import numpy as np
 from guestd.events import EventLog
 from guestd.jit import kernel
 from guestd.meter import HOST_THREAD, TASK, Meter
-from guestd.mm.nodes import FAST, NO_PAGE, SLOW, Nodes, allocate, lru_add, new_nodes, take_free
+from guestd.mm.nodes import FAST, new_nodes
 from guestd.params import resolve
 from guestd.tiering.policy import Policy, Tiering
+from hostd.backing import BACKED, Prices, back
 from hostd.dirty_log import DirtyLog
 from hostd.errors import RefusedMessage
 from hostd.host_view import HostView
 from hostd.swap import Swap
-from proto.arrays import Bytes, Words
+from proto.arrays import Words
 from proto.config import GuestConfig, launch_ps
-from proto.counters import C, Counters, new_counters
-from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
+from proto.counters import C, Counters, new_counters, split
+from proto.entry import FRAME_MASK, FRAME_SHIFT, HUGE
 from proto.layout import VmMemory, gpa_pages
-from proto.units import PS_PER_S
-
-BACKED = WRITABLE
-"""Set in every EPT entry that has a frame, mapped or zapped."""
-
-
-@kernel
-def _back(
-    ept: Words, stamps: Words, nodes: Nodes, gpfns: Words, flat: bool, content: Words, away: Bytes, costs: Words,
-    hints: Words, out: Words,
-) -> int:  # fmt: skip
-    """Serve EPT violations, for which there are frames enough; returns the hint faults listed in ``hints``.
-
-    ``content``, ``away``: of `hostd.swap.Swap`, or empty; ``costs``: int64[3], violation with the page there, with
-    allocation, with a page swapped in; ``out``: int64[n] cost of each.
-    """
-    hinted = 0
-    half = nodes.page.size // 2
-    for i in range(gpfns.size):
-        gpfn = gpfns[i]
-        entry = ept[gpfn]
-        if (entry & BACKED) == 0:
-            frame = allocate(nodes, FAST) if flat else take_free(nodes, 1 if gpfn >= half else 0, 0)
-            if frame == NO_PAGE and flat:
-                # What is left is the reserve below the watermarks: moves under way hold their frames twice.
-                frame = take_free(nodes, FAST, 0) if nodes.free_count[FAST] > 0 else take_free(nodes, SLOW, 0)
-            if flat:
-                nodes.page[frame] = gpfn
-                lru_add(nodes, frame, 0)
-            ept[gpfn] = (np.int64(frame) << FRAME_SHIFT) | PRESENT | WRITABLE
-            # A new page is clear: whatever the frame held is gone.
-            stamps[frame] = 0
-            out[i] = costs[1]
-            if away.size > 0 and away[gpfn] != 0:
-                stamps[frame] = content[gpfn]
-                away[gpfn] = 0
-                out[i] = costs[2]
-        elif (entry & PROTNONE) != 0:
-            hints[hinted] = i
-            hinted += 1
-            out[i] = costs[0]
-        else:
-            ept[gpfn] = entry | PRESENT
-            out[i] = costs[0]
-    return hinted
+from proto.units import PAGE_SIZE, PS_PER_S, TABLE_PAGES
 
 
 @kernel
@@ -158,13 +116,17 @@ class Vm:
         """Serve EPT violations: (cost of each, ps; which of them, by index, are hint faults)."""
         costs, swap, none = self.config.costs, self.swap, np.zeros(0, np.int64)
         cost, hints = np.zeros(gpfns.size, np.int64), np.zeros(gpfns.size, np.int64)
-        prices = np.array([costs.ept_violation_ps, costs.ept_violation_alloc_ps, costs.swap_in_ps], np.int64)
+        prices = Prices(costs.ept_violation_ps, costs.ept_violation_alloc_ps, costs.swap_in_ps,
+                         costs.ept_violation_alloc_ps + costs.clear_page_huge_ps)  # fmt: skip
         if swap is not None:
             swap.in_pages += int(swap.away[gpfns].sum())
         content, away = (swap.content, swap.away) if swap is not None else (none, none.astype(np.uint8))
-        hinted = int(_back(self.memory.ept, self.memory.stamps, self.nodes, gpfns, self.flat, content, away, prices,
-                           hints, cost))  # fmt: skip
-        return cost, hints[:hinted]
+        hinted = int(back(self.memory, self.nodes, gpfns, self.flat, self.config.host.backs_huge, content, away,
+                           prices, hints, cost, self.counters))  # fmt: skip
+        # A huge page is hinted at once, by the first page of it that is touched.
+        first = np.sort(np.unique(self.view.heads(gpfns[hints[:hinted]]), return_index=True)[1])
+        cost[np.delete(hints[:hinted], first)] = 0
+        return cost, hints[:hinted][first]
 
     def _schedule(self, name: str, at_ps: int) -> None:
         self._sequence += 1
@@ -174,6 +136,13 @@ class Vm:
         """Frames in use, fast and slow."""
         taken = self.nodes.managed - self.nodes.free_count
         return int(taken[0]), int(taken[1])
+
+    def huge_pages(self) -> dict[str, int]:
+        """`host_thp` of a VM in summary.json."""
+        counted = split(self.counters)["vmstat"]
+        huge = int(np.count_nonzero(self.memory.ept_pde & HUGE))
+        named = {name.removeprefix("thp_"): value for name, value in counted.items() if name.startswith("thp_")}
+        return named | {"huge_bytes": huge * TABLE_PAGES * PAGE_SIZE}
 
     def touched(self) -> int:
         """gPA pages that the guest has written to, wherever they are now."""

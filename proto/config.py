@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from proto.costs import Costs
-from proto.units import PAGE_SIZE, PS_PER_S, PS_PER_US
+from proto.units import PAGE_SIZE, PS_PER_S, PS_PER_US, TABLE_PAGES
 
 Scalar = bool | int | float | str
 
@@ -38,6 +38,14 @@ class GuestKernel(Struct, frozen=True):
     """Migration flushes once per batch (Linux 6.3 on) instead of once per page (5.15, the published baselines)."""
     thp: str = "never"
     """Transparent huge pages: ``never`` or ``always``."""
+    thp_defrag: str = "madvise"
+    """``madvise``: a fault takes a huge page of its own node or none; ``always``: of the other node as well."""
+    thp_flush_stride: str = "4KiB"
+    """Step of a huge page's flush: ``4KiB``, as on x86, which goes beyond the ceiling, or ``2MiB``, one INVLPG."""
+    khugepaged_pages_to_scan: int = 4096
+    """Pages that khugepaged looks at each time it wakes; 0 = there is none."""
+    khugepaged_scan_sleep_ps: int = 10 * PS_PER_S
+    """Time between two of its passes."""
     pti: bool = False
     """Page-table isolation: flushing a page also executes an INVPCID for the user PCID."""
     pv_tlb_flush: bool = True
@@ -70,6 +78,11 @@ class HostKernel(Struct, frozen=True):
     """Time between two harvests of the dirty bitmap; 0 = none."""
     swap_pages_per_s: int = 0
     """Pages that the host's swap daemon looks at per second and VM; 0 = no swap."""
+
+    @property
+    def backs_huge(self) -> bool:
+        """Whether the host backs guests with huge pages: KVM maps 4 KiB while it logs dirty pages."""
+        return self.thp == "always" and not self.pml
 
 
 class GuestConfig(Struct, frozen=True):
@@ -117,7 +130,9 @@ def pebs_buffer_bytes(guests: Iterable[GuestConfig]) -> int:
 def launch_ps(config: GuestConfig) -> int:
     """Virtual time at which a VM's vCPUs first run: its start, and what populating its memory takes."""
     pages = config.fast_pages + config.slow_pages if config.host.populate else 0
-    return config.start_ps + pages * config.costs.populate_page_ps
+    huge = pages // TABLE_PAGES if config.host.backs_huge else 0
+    cost_ps = huge * config.costs.clear_page_huge_ps + (pages - huge * TABLE_PAGES) * config.costs.populate_page_ps
+    return config.start_ps + cost_ps
 
 
 class HostConfig(Struct, frozen=True):

@@ -17,7 +17,7 @@ from proto.units import TABLE_PAGES
 OP_FLUSH = 1
 """Request a flush of every vCPU (kvm_flush_remote_tlbs)."""
 OP_ZAP = 2
-"""Zap the leaf entries of gPA frames [a, a + b), then request one flush if any was present."""
+"""Zap the entries of gPA frames [a, a + b), of a huge page all, then request one flush if any was present."""
 OP_MOVE = 3
 """Zap gPA frame a, flush, copy its content to frame slot b, to be mapped there at its next fault."""
 
@@ -32,7 +32,8 @@ OPERATION = np.dtype([
     ("time_ps", "<i8"), ("kind", "<i4"), ("flags", "<i4"), ("a", "<i8"), ("b", "<i8"), ("hold_ps", "<i8"),
     ("busy_ps", "<i8"),
 ])  # fmt: skip
-"""A host operation on a VM at a virtual time. ``flags``: PROTNONE or 0, for OP_ZAP (set on slow leaves) and OP_MOVE.
+"""A host operation on a VM at a virtual time. ``flags``: PROTNONE for OP_ZAP (set on slow entries) and OP_MOVE; HUGE
+for OP_MOVE and OP_SWAP: of the 512 pages from each of a and b on, which are one huge page afterwards.
 ``hold_ps``: how long its flush request holds mmu_lock; ``busy_ps``: how long EPT violations of its frames have to wait.
 """
 
@@ -50,10 +51,13 @@ class VmMemory(NamedTuple):
     """int64[gpa_pages]: gPA frame -> frame slot with flags."""
     stamps: npt.NDArray[np.int64]
     """int64[slots]: content stamp of each frame of the VM's window."""
+    ept_upper: npt.NDArray[np.uint8]
+    """The next two, one after the other."""
     ept_pde: npt.NDArray[np.uint8]
-    """uint8[gpa_pages / 512]: EPT entries above the leaves: A, D and HUGE bits."""
+    """uint8[gpa_pages / 512]: EPT entries above the leaves: A, D and HUGE bits, and PRESENT once there is a table. HUGE
+    stays while a huge page is zapped: its leaves' PRESENT bits say whether it is mapped."""
     ept_pdpte: npt.NDArray[np.uint8]
-    """uint8[gpa_pages / 512 / 512, rounded up]: the entries above those, A bits."""
+    """uint8[gpa_pages / 512 / 512, rounded up]: the entries above those: A and PRESENT bits."""
     dirty: npt.NDArray[np.int64]
     """int64[2, words]: a bit a gPA page that was logged as dirty (PML). Row 0 since the last harvest, as KVM fills it;
     row 1 what that harvest took, for the host to read."""
@@ -87,6 +91,7 @@ def view_segment(buffer: memoryview | bytearray, total_pages: int) -> VmMemory:
     return VmMemory(
         ept=words[:leaves],
         stamps=words[leaves : 2 * leaves],
+        ept_upper=upper,
         ept_pde=upper[:pdes],
         ept_pdpte=upper[pdes:],
         dirty=words[2 * leaves :].reshape(2, bitmap),

@@ -8,13 +8,15 @@ import numpy as np
 from fleet.in_process import InProcessFleet
 from guestd.fault import table_frames
 from guestd.guest import Guest
-from guestd.mm.nodes import F_ACTIVE, F_BUSY, F_LRU, NO_PAGE, Nodes
+from guestd.mm.nodes import F_ACTIVE, F_BUSY, F_HUGE, F_LRU, NO_PAGE, Nodes
+from guestd.mm.page_alloc import is_free
+from guestd.tiering.pages import expand
 from guestd.tiering.registry import policies
-from proto.arrays import Words
+from proto.arrays import Bytes, Mask, Words
 from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, HostKernel, Scalar
 from proto.costs import Costs
-from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
-from proto.units import PS_PER_MS
+from proto.entry import ACCESSED, DIRTY, FRAME_MASK, FRAME_SHIFT, HUGE, PRESENT, PROTNONE, WRITABLE, YOUNG
+from proto.units import PS_PER_MS, TABLE_PAGES
 
 PAGES = 8192
 """32 MiB."""
@@ -108,7 +110,11 @@ def check_memory(fleet: InProcessFleet) -> None:
         kernel = kernel[kernel >= 0]
         _check_nodes(guest.nodes, np.concatenate([frames, kernel]))
         assert (guest.nodes.page[frames] == pages).all()
-        assert (guest.nodes.flags[frames] & F_LRU).all()
+        upper = machine.tables.upper
+        huge = _check_units(gpt, upper[: gpt.size // TABLE_PAGES], guest.nodes)
+        own = upper[huge // TABLE_PAGES]
+        assert ((own ^ gpt[huge]) & (FRAME_MASK | PRESENT | PROTNONE) == 0).all(), "entry and books of a huge page"
+        assert (guest.nodes.flags[frames[_is_base(pages, huge)]] & F_LRU).all()
         _check_lists(guest.nodes, frames.size)
 
         host = fleet.host.vms[vm]
@@ -121,17 +127,44 @@ def check_memory(fleet: InProcessFleet) -> None:
         busy = np.flatnonzero(host.nodes.flags & F_BUSY)
         _check_nodes(host.nodes, np.union1d(slots, busy))
         assert np.unique(slots).size == slots.size
+        _check_units(ept, host.memory.ept_pde, host.nodes)
+        assert (host.memory.ept_pde[gpfns // TABLE_PAGES] & PRESENT).all(), "what is backed lies in a table"
         if host.flat:
             still = (host.nodes.flags[slots] & F_BUSY) == 0
             assert (host.nodes.page[slots[still]] == gpfns[still]).all()
             _check_lists(host.nodes, gpfns.size)
 
 
+def _is_base(pages: Words, huge: Words) -> Mask:
+    """Which pages are not part of the huge pages with these heads."""
+    return ~np.isin(pages // TABLE_PAGES, huge // TABLE_PAGES)
+
+
+def _check_units(table: Words, pde: Words | Bytes, nodes: Nodes) -> Words:
+    """Each huge page lies in one block, all of it mapped alike, its A and D in one place; the heads (int64[n])."""
+    heads = np.flatnonzero(pde & HUGE) * TABLE_PAGES
+    for head in heads:
+        leaves = table[head : head + TABLE_PAGES]
+        frames = (leaves & FRAME_MASK) >> FRAME_SHIFT
+        assert np.array_equal(frames, frames[0] + np.arange(TABLE_PAGES)) and frames[0] % TABLE_PAGES == 0
+        assert np.unique(leaves & (PRESENT | PROTNONE | WRITABLE)).size == 1
+        assert not (leaves & (ACCESSED | DIRTY)).any() and not (leaves[1:] & YOUNG).any()
+        if not nodes.flags[frames[0]] & F_BUSY:
+            assert nodes.flags[frames[0]] & F_HUGE
+            assert not nodes.flags[frames[1:]].any(), "only the head has flags"
+    known = np.flatnonzero((nodes.flags & (F_HUGE | F_BUSY)) == F_HUGE)
+    mapped = (table[heads] & FRAME_MASK) >> FRAME_SHIFT
+    assert set(known) <= set(mapped), "no page is huge for the nodes alone"
+    return heads
+
+
 def _check_nodes(nodes: Nodes, used: Words) -> None:
     """``used`` (int64[n]) and the free frames are the managed ones, each once."""
     span = nodes.page.size // 2
-    free = [nodes.free[node * span : node * span + int(nodes.free_count[node])] for node in (0, 1)]
+    unused = np.flatnonzero(is_free(nodes.free, span))
+    free = [unused[(unused >= span) == (node == 1)] for node in (0, 1)]
     for node in (0, 1):
+        assert free[node].size == nodes.free_count[node]
         mine = used[(used >= span) == (node == 1)]
         every = np.sort(np.concatenate([free[node], mine]))
         assert np.array_equal(every, node * span + np.arange(int(nodes.managed[node])))
@@ -152,11 +185,12 @@ def _check_lists(nodes: Nodes, members: int) -> None:
             frames.append(frame)
             frame = int(nodes.next[frame])
         listed = np.array(frames, np.int64)
-        assert listed.size == nodes.size[which]
+        sizes = np.where(nodes.flags[listed] & F_HUGE, TABLE_PAGES, 1)
+        assert sizes.sum() == nodes.size[which]
         assert (listed // span == which // 2).all()
         assert (nodes.flags[listed] & F_LRU).all()
         assert ((nodes.flags[listed] & F_ACTIVE) != 0).all() == (which % 2 == 1) or not frames
         assert ((nodes.flags[listed] & F_ACTIVE) == 0).all() == (which % 2 == 0) or not frames
         assert (nodes.page[listed] != NO_PAGE).all()
-        seen += frames
+        seen += expand(listed, sizes).tolist()
     assert len(seen) == len(set(seen)) == members

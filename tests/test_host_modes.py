@@ -34,7 +34,7 @@ def fleet(folder: Path, *settings: str, spec: str = SPEC) -> tuple[subprocess.Co
 
 
 LEGACY = ("host.pebs=legacy", "guest.ds_prefault=false")
-DEATHS = {"lazy buffer": LEGACY, "swapped out": ("host.pebs=legacy", "host.swap_pages_per_s=400000")}
+DEATHS = {"lazy buffer": LEGACY, "swapped out": ("host.pebs=legacy", "host.swap_pages_per_s=800000")}
 
 
 @pytest.mark.timeout(400)

@@ -12,7 +12,9 @@ import numpy as np
 
 from guestd.meter import MIGRATE, TRACK
 from guestd.mm.nodes import ACTIVE, F_REFERENCED, FAST, INACTIVE, SLOW, WMARK_MIN
+from guestd.tiering.pages import expand
 from guestd.tiering.view import PageView
+from proto.arrays import Ints
 from proto.counters import C
 from proto.units import PS_PER_S
 
@@ -94,8 +96,9 @@ class Kswapd:
                 view.test_and_clear_young(view.pages_of(frames))
                 nothing = np.zeros(frames.size, np.bool_)
                 view.put_back(frames, nothing, nothing)
-            view.counters[C.vmstat__pgdeactivate] += frames.size
-            scan -= frames.size
+            pages = int(view.frame_sizes(frames).sum())
+            view.counters[C.vmstat__pgdeactivate] += pages
+            scan -= pages
 
     def _shrink_inactive(self, limit: int) -> tuple[int, int]:
         """(pages scanned, pages demoted) of one batch."""
@@ -104,19 +107,34 @@ class Kswapd:
             frames = view.isolate(FAST, INACTIVE, limit)
             if frames.size == 0:
                 return 0, 0
-            view.counters[C.vmstat__pgscan_kswapd] += frames.size
+            sizes = view.frame_sizes(frames)
+            view.counters[C.vmstat__pgscan_kswapd] += int(sizes.sum())
             young = view.test_and_clear_young(view.pages_of(frames))
             second = young & ((view.nodes.flags[frames] & F_REFERENCED) != 0)
             view.put_back(frames[young], second[young], ~second[young])
-            view.counters[C.vmstat__pgactivate] += int(second.sum())
-        cold = frames[~young]
+            view.counters[C.vmstat__pgactivate] += int(sizes[second].sum())
         with view.meter.stage(MIGRATE):
-            moved = view.move(view.pages_of(cold), SLOW, view.watermark(SLOW, WMARK_MIN), protect=self._protect)
-            stay = cold[~moved]
+            demoted, stay = self._demote(frames[~young])
             nothing = np.zeros(stay.size, np.bool_)
             view.put_back(stay, nothing, nothing)
-        count = int(moved.sum())
-        view.counters[C.vmstat__pgmigrate_fail] += cold.size - count
-        view.counters[C.vmstat__pgdemote_kswapd] += count
-        view.counters[C.vmstat__pgsteal_kswapd] += count
-        return int(frames.size), count
+        view.counters[C.vmstat__pgmigrate_fail] += int(sizes[~young].sum()) - demoted
+        view.counters[C.vmstat__pgdemote_kswapd] += demoted
+        view.counters[C.vmstat__pgsteal_kswapd] += demoted
+        return int(sizes.sum()), demoted
+
+    def _demote(self, cold: Ints) -> tuple[int, Ints]:
+        """Demote isolated frames: (pages demoted, frames that stay).
+
+        A huge page for which the slow node has no block is split, and its pieces are demoted (mm/migrate.c,
+        try_split_thp).
+        """
+        view, keep = self._view, self._view.watermark(SLOW, WMARK_MIN)
+        sizes = view.frame_sizes(cold)
+        moved = view.move(view.pages_of(cold), SLOW, keep, protect=self._protect)
+        demoted, stay = int(sizes[moved].sum()), cold[~moved]
+        if view.free(SLOW) > keep:
+            split = view.split(view.pages_of(stay))
+            pieces = expand(stay[split], sizes[~moved][split]).astype(np.int32)
+            moved = view.move(view.pages_of(pieces), SLOW, keep, protect=self._protect)
+            demoted, stay = demoted + int(moved.sum()), np.concatenate([stay[~split], pieces[~moved]])
+        return demoted, stay

@@ -1,8 +1,12 @@
-"""NUMA nodes: free lists, watermarks, page flags, and the lists that hold every page in use.
+"""NUMA nodes: free frames, watermarks, page flags, and the lists that hold every page in use.
 
 Frames are numbered over both nodes: node 0 (fast) has frames [0, span), node 1 (slow) [span, 2 span), of which a share
 is managed; the rest is as good as ballooned away, so that shares can change later. Watermarks follow Linux
 (mm/page_alloc.c, __setup_per_zone_wmarks) plus WMARK_DEMOTE of the TPP patches (demote_scale_factor, 2 %).
+
+A *unit* is what is managed as one: a 4 KiB page, or a huge page, the 512 frames of a block (`guestd.mm.page_alloc`) of
+which the first, its *head*, carries F_HUGE and stands for all: on the lists, whose sizes count 512 for it, and wherever
+frames of units are asked for. The other 511 have no flags of their own.
 """
 
 from math import isqrt
@@ -11,7 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from guestd.jit import inline, kernel
+from guestd.mm.page_alloc import FreeBlocks, give_block, give_frame, new_free_blocks, take_block, take_frame
 from proto.arrays import Bytes, Ints, Mask, Words
+from proto.units import TABLE_PAGES
 
 FAST, SLOW = 0, 1
 WMARK_MIN, WMARK_LOW, WMARK_HIGH, WMARK_DEMOTE = 0, 1, 2, 3
@@ -27,6 +33,8 @@ F_DEMOTED = 1 << 3
 """Was demoted before (PG_demoted of the TPP patches)."""
 F_BUSY = 1 << 4
 """A host operation on it is under way."""
+F_HUGE = 1 << 5
+"""The head of a huge page."""
 
 
 class Nodes(NamedTuple):
@@ -41,8 +49,7 @@ class Nodes(NamedTuple):
     previous: Ints
     size: Words
     """int64[4]: pages on each list."""
-    free: Ints
-    """int32[F]: stack of free frames per node, from node * span."""
+    free: FreeBlocks
     free_count: Words
     """int64[2]"""
     watermark: Words
@@ -52,16 +59,14 @@ class Nodes(NamedTuple):
 
 
 def new_nodes(span: int, fast_managed: int, slow_managed: int, demote_scale: int = 200) -> Nodes:
-    """Nodes with all managed frames free, lowest first. ``demote_scale``: WMARK_DEMOTE in 1/10000 of managed."""
+    """Nodes with all managed frames free. ``demote_scale``: WMARK_DEMOTE in 1/10000 of managed."""
     frames = 2 * span
     links = np.arange(frames + 4, dtype=np.int32)
     links[:frames] = NO_PAGE
-    free = np.zeros(frames, np.int32)
     managed = np.array([fast_managed, slow_managed], np.int64)
     watermark = np.zeros((2, 4), np.int64)
     for node in (FAST, SLOW):
         count = int(managed[node])
-        free[node * span : node * span + count] = np.arange(node * span + count - 1, node * span - 1, -1)
         # min_free_kbytes = 4 sqrt(lowmem KiB), shared by size (mm/page_alloc.c, calculate_min_free_kbytes).
         total_kib = 4 * int(managed.sum())
         minimum = min(isqrt(16 * total_kib), 262144) // 4 * count // max(1, int(managed.sum()))
@@ -75,7 +80,7 @@ def new_nodes(span: int, fast_managed: int, slow_managed: int, demote_scale: int
         links,
         links.copy(),
         np.zeros(4, np.int64),
-        free,
+        new_free_blocks(span, managed),
         managed.copy(),
         watermark,
         managed,
@@ -94,27 +99,55 @@ def node_of(nodes: Nodes, frame: int) -> int:
 
 
 @inline
+def unit_size(nodes: Nodes, frame: int) -> int:
+    """Frames of the unit that ``frame`` stands for."""
+    return TABLE_PAGES if (nodes.flags[frame] & F_HUGE) != 0 else 1
+
+
+@inline
 def take_free(nodes: Nodes, node: int, keep: int) -> int:
     """Take a free frame of ``node`` if more than ``keep`` are free, else NO_PAGE."""
     if nodes.free_count[node] <= keep:
         return NO_PAGE
     nodes.free_count[node] -= 1
-    return int(nodes.free[node * (nodes.page.size // 2) + nodes.free_count[node]])
+    return take_frame(nodes.free, node, nodes.page.size >> 1)
+
+
+@inline
+def take_free_block(nodes: Nodes, node: int, keep: int) -> int:
+    """Take a free block of ``node``, leaving ``keep`` frames free: its first frame, or NO_PAGE."""
+    if nodes.free_count[node] - (TABLE_PAGES - 1) <= keep:
+        return NO_PAGE
+    frame = take_block(nodes.free, node, nodes.page.size >> 1)
+    if frame != NO_PAGE:
+        nodes.free_count[node] -= TABLE_PAGES
+    return frame
 
 
 @inline
 def give_free(nodes: Nodes, frame: int) -> None:
-    """Put a frame back on its node's free list."""
+    """Give a frame back to its node."""
     node = node_of(nodes, frame)
     nodes.page[frame] = NO_PAGE
     nodes.flags[frame] = 0
-    nodes.free[node * (nodes.page.size // 2) + nodes.free_count[node]] = frame
     nodes.free_count[node] += 1
+    give_frame(nodes.free, node, nodes.page.size >> 1, frame)
+
+
+@inline
+def give_free_block(nodes: Nodes, frame: int) -> None:
+    """Give a block back to its node; ``frame``: its first."""
+    node = node_of(nodes, frame)
+    for other in range(frame, frame + TABLE_PAGES):
+        nodes.page[other] = NO_PAGE
+        nodes.flags[other] = 0
+    nodes.free_count[node] += TABLE_PAGES
+    give_block(nodes.free, node, nodes.page.size >> 1, frame)
 
 
 @kernel
-def give_all_free(nodes: Nodes, frames: Ints) -> None:
-    """Put frames (int32[n]) back on their nodes' free lists."""
+def give_all_free(nodes: Nodes, frames: Words) -> None:
+    """Give frames (int64[n]) back to their nodes."""
     for frame in frames:
         give_free(nodes, frame)
 
@@ -140,7 +173,7 @@ def lru_add(nodes: Nodes, frame: int, active: int) -> None:
     nodes.next[frame], nodes.previous[frame] = first, head
     nodes.previous[first] = frame
     nodes.next[head] = frame
-    nodes.size[which] += 1
+    nodes.size[which] += unit_size(nodes, frame)
     nodes.flags[frame] = (nodes.flags[frame] & ~F_ACTIVE) | F_LRU | (F_ACTIVE if active else 0)
 
 
@@ -150,22 +183,23 @@ def lru_remove(nodes: Nodes, frame: int) -> None:
     which = 2 * node_of(nodes, frame) + (1 if nodes.flags[frame] & F_ACTIVE else 0)
     after, before = nodes.next[frame], nodes.previous[frame]
     nodes.next[before], nodes.previous[after] = after, before
-    nodes.size[which] -= 1
+    nodes.size[which] -= unit_size(nodes, frame)
     nodes.flags[frame] &= ~F_LRU
 
 
 @kernel
 def isolate_tail(nodes: Nodes, node: int, active: int, out: Ints) -> int:
-    """Isolate up to ``out.size`` frames (int32) from the tail of a list; returns how many."""
+    """Isolate units of up to ``out.size`` pages (int32), or one more page's unit; returns how many units."""
     head = nodes.page.size + 2 * node + active
-    count = 0
-    while count < out.size:
+    count = pages = 0
+    while pages < out.size:
         frame = nodes.previous[head]
         if frame == head:
             break
         lru_remove(nodes, frame)
         out[count] = frame
         count += 1
+        pages += unit_size(nodes, frame)
     return count
 
 
@@ -191,7 +225,7 @@ def _mark(nodes: Nodes, frame: int) -> int:
             lru_remove(nodes, frame)
             lru_add(nodes, frame, ACTIVE)
         nodes.flags[frame] &= ~F_REFERENCED
-        activated = 1
+        activated = unit_size(nodes, frame)
     else:
         nodes.flags[frame] |= F_REFERENCED
     return activated
@@ -199,7 +233,7 @@ def _mark(nodes: Nodes, frame: int) -> int:
 
 @kernel
 def mark_accessed(nodes: Nodes, frames: Ints) -> int:
-    """mark_page_accessed (mm/swap.c): inactive -> referenced -> active. Returns the number activated."""
+    """mark_page_accessed (mm/swap.c): inactive -> referenced -> active. Returns the pages activated."""
     activated = 0
     for frame in frames:
         activated += _mark(nodes, frame)

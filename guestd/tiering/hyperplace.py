@@ -47,7 +47,7 @@ PARAMS = (
     Param("swap", "batched", "", "flush once per batch (paper) or per page (released code)", "paper 3.2.3; exchange.c",
           ("batched", "pairwise")),
     Param("fill_free", False, "", "also move hot pages into free fast memory", "paper: pure swap"),
-    Param("batch_pairs", 512, "pairs", "pairs swapped before the worker yields", "unpublished", (),
+    Param("batch_pairs", 512, "pairs", "pairs of 4 KiB swapped before the worker yields", "unpublished", (),
           1, 65536),
 )  # fmt: skip
 
@@ -137,23 +137,27 @@ class HyperPlace(Tiering):
         self._wanted = np.concatenate(wanted) if wanted else np.zeros(0, np.int64)
         if self.params["fill_free"] and self._wanted.size:
             with view.meter.stage(MIGRATE):
+                sizes = view.sizes(self._wanted)
                 moved = view.move(self._wanted, FAST, view.watermark(FAST, WMARK_HIGH))
-                view.counters[C.vmstat__pgpromote_success] += int(moved.sum())
+                view.counters[C.vmstat__pgpromote_success] += int(sizes[moved].sum())
                 self._wanted = self._wanted[~moved]
         victims: list[Words] = []
-        need = self._wanted.size
+        need = int(view.sizes(self._wanted).sum())
         for first, count in reversed(spans[prefix:]):
             if need <= 0:
                 break
             found = view.on_node(first, count, FAST, need)
             victims.append(found)
-            need -= found.size
+            need -= int(view.sizes(found).sum())
         self._victims = np.concatenate(victims) if victims else np.zeros(0, np.int64)
-        self._wanted = self._wanted[: self._victims.size]
+        with view.meter.stage(MIGRATE):
+            self._wanted, self._victims = view.match(self._wanted, self._victims)
 
     def _relocate(self) -> None:
         """Swap one batch; the worker shares its vCPU with the task, so the next one is due as much later."""
-        view, batch = self.view, int(self.params["batch_pairs"])
+        view = self.view
+        pages = np.cumsum(view.sizes(self._wanted))
+        batch = int(np.searchsorted(pages, int(self.params["batch_pairs"]))) + 1
         before = view.now
         with view.meter.stage(MIGRATE):
             count = view.exchange(self._wanted[:batch], self._victims[:batch], batched=self.params["swap"] == "batched")

@@ -133,16 +133,19 @@ class Tpp(Tiering):
         """Migrate the ``wanted`` pages in their faults; adds what that cost each to ``cost``."""
         view = self.view
         candidates = np.flatnonzero(wanted)
-        view.counters[C.vmstat__pgpromote_candidate] += candidates.size
-        view.counters[C.vmstat__pgpromote_candidate_demoted] += int(view.was_demoted(frames[candidates]).sum())
+        sizes = view.sizes(pages[candidates])
+        view.counters[C.vmstat__pgpromote_candidate] += int(sizes.sum())
+        before_demoted = view.was_demoted(frames[candidates])
+        view.counters[C.vmstat__pgpromote_candidate_demoted] += int(sizes[before_demoted].sum())
         before = view.now
-        moved = candidates[view.move(pages[candidates], FAST, view.watermark(FAST, WMARK_HIGH), sync=True)]
-        view.counters[C.vmstat__pgpromote_success] += moved.size
-        view.counters[C.vmstat__numa_pages_migrated] += moved.size
-        view.counters[C.vmstat__pgmigrate_fail_dst_node_full] += candidates.size - moved.size
-        if moved.size:
-            cost[moved] += (view.now - before) // moved.size
-        self._failed_since_round += candidates.size - moved.size
+        moved = view.move(pages[candidates], FAST, view.watermark(FAST, WMARK_HIGH), sync=True)
+        promoted = int(sizes[moved].sum())
+        view.counters[C.vmstat__pgpromote_success] += promoted
+        view.counters[C.vmstat__numa_pages_migrated] += promoted
+        view.counters[C.vmstat__pgmigrate_fail_dst_node_full] += int(sizes[~moved].sum())
+        if promoted:
+            cost[candidates[moved]] += (view.now - before) * sizes[moved] // promoted
+        self._failed_since_round += candidates.size - int(moved.sum())
 
     def on_pressure(self, budget_ps: int) -> None:
         self._kswapd.run(budget_ps)

@@ -79,6 +79,15 @@ warm_up(list(policies()), ["gups"], costs, lambda *what: None, kernel)
 before = compiled()
 for policy in policies():
     run_fleet(small_guest(costs, policy, run_ms=40, host=kernel))
+late |= compiled() - before
+kernel = HostKernel(thp="always")
+warm_up(list(policies()), ["gups"], costs, lambda *what: None, kernel, huge=True)
+before = compiled()
+for policy in policies():
+    guest = small_guest(costs, policy, run_ms=40, host=kernel)
+    for defrag in ("madvise", "always"):
+        thp = msgspec.structs.replace(guest.kernel, thp="always", thp_defrag=defrag, khugepaged_scan_sleep_ps=10**9)
+        run_fleet(msgspec.structs.replace(guest, kernel=thp))
 print(sorted(late | compiled() - before))
 """
 """A process of its own, in which no other test has compiled anything. What comes from the cache on disk counts too."""

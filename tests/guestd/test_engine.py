@@ -218,7 +218,15 @@ class Pair:
             machine.pml.log[:, first:], machine.pml.next[:] = 1 << 12, first - 1
             for cpu in self.reference.vcpus:
                 cpu.log = [1] * program.logged
-        self.pmu = Pebs(machine.ds, machine.pml, machine.ept, machine.vcpus.field, machine.counters, program.sampling)
+        self.pmu = Pebs(
+            machine.ds,
+            machine.pml,
+            machine.ept,
+            machine.tables.ept_pde,
+            machine.vcpus.field,
+            machine.counters,
+            program.sampling,
+        )
         self.spare = iter(_SPARE)
         self.drain = program.records % 2 == 0
         self.budget = program.budget

@@ -31,11 +31,11 @@ def forgetful(calls: int) -> Callable[..., Guest]:
     class ForgetfulView(GuestView):
         left = calls
 
-        def _flush_unmapped(self, pages: Words, batched: bool) -> None:
+        def _flush_unmapped(self, pages: Words, sizes: Words, batched: bool) -> None:
             if self.left:
                 self.left -= 1
             else:
-                super()._flush_unmapped(pages, batched)
+                super()._flush_unmapped(pages, sizes, batched)
 
     def make(*args: Any) -> Guest:
         guest = Guest(*args)

@@ -56,7 +56,9 @@ def run(machine: Machine) -> int:
 
 
 def pmu(machine: Machine, sampling: Sampling) -> Pebs:
-    return Pebs(machine.ds, machine.pml, machine.ept, machine.vcpus.field, machine.counters, sampling)
+    return Pebs(
+        machine.ds, machine.pml, machine.ept, machine.tables.ept_pde, machine.vcpus.field, machine.counters, sampling
+    )
 
 
 @given(

@@ -8,6 +8,7 @@ from guestd.instructions import mov_cr3_everywhere
 from guestd.meter import KTHREAD
 from guestd.mm.kswapd import BATCH, MAX_RECLAIM_RETRIES, RETRY_PS, Kswapd
 from guestd.mm.nodes import ACTIVE, F_DEMOTED, FAST, INACTIVE, SLOW, WMARK_DEMOTE, WMARK_HIGH
+from guestd.mm.page_alloc import is_free
 from proto.costs import Costs
 from proto.counters import C
 from proto.entry import ACCESSED, FRAME_MASK, FRAME_SHIFT
@@ -43,9 +44,7 @@ def assert_conserved(guest: Guest) -> None:
     assert int(nodes.size.sum()) == pages.size
     used = int((nodes.managed - nodes.free_count).sum())
     assert used == pages.size + guest.machine.tables.upper.size
-    half = nodes.page.size // 2
-    free = [nodes.free[node * half : node * half + nodes.free_count[node]] for node in (FAST, SLOW)]
-    assert not set(np.concatenate(free).tolist()) & set(frames.tolist())
+    assert not is_free(nodes.free, nodes.page.size // 2)[frames].any()
 
 
 @pytest.mark.parametrize("mark", [WMARK_HIGH, WMARK_DEMOTE])
