@@ -104,7 +104,7 @@ GUEST_PARAMS = (
         maximum=1 << 30,
     ),
     Param(
-        "khugepaged_scan_sleep_millisecs",
+        "khugepaged_scan_sleep",
         10_000,
         "ms",
         "time between two passes of khugepaged",
@@ -246,7 +246,7 @@ def guest_kernel(values: Mapping[str, Scalar]) -> GuestKernel:
         thp_defrag=str(values["thp_defrag"]),
         thp_flush_stride=str(values["thp_flush_stride"]),
         khugepaged_pages_to_scan=int(values["khugepaged_pages_to_scan"]),
-        khugepaged_scan_sleep_ps=int(values["khugepaged_scan_sleep_millisecs"]) * PS_PER_MS,
+        khugepaged_scan_sleep_ps=int(values["khugepaged_scan_sleep"]) * PS_PER_MS,
         pti=bool(values["pti"]),
         pv_tlb_flush=bool(values["pv_tlb_flush"]),
         page_table_levels=int(values["page_table_levels"]),
