@@ -232,7 +232,8 @@ def _host_settings(kernel: HostKernel) -> dict[str, object]:
 
 def _settings(tenant: Tenant) -> dict[str, object]:
     kernel = msgspec.structs.asdict(tenant.kernel)
-    kernel["sched_slice"] = exact_time(kernel.pop("sched_slice_ps"))
+    for name in ("sched_slice", "khugepaged_scan_sleep"):
+        kernel[name] = exact_time(kernel.pop(f"{name}_ps"))
     spaces = {"policy": tenant.policy_params, "workload": tenant.workload_params, "guest": kernel}
     return {f"{space}.{key}": value for space, values in spaces.items() for key, value in values.items()}
 
