@@ -66,7 +66,7 @@ from guestd.workloads.base import Buffer
 from guestd.workloads.registry import workloads
 from proto.config import GuestConfig, launch_ps
 from proto.counters import C
-from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
+from proto.entry import FRAME_MASK, FRAME_SHIFT, HUGE, PRESENT, PROTNONE, WRITABLE
 from proto.layout import OPERATION, VmMemory
 from proto.messages import Advance, Tick
 from proto.units import PS_PER_S, TABLE_PAGES
@@ -207,8 +207,9 @@ class Guest:
         before = machine.budget.copy()
         used = int((self.nodes.managed - self.nodes.free_count).sum())
         self.workload.set_llc(
-            price_walks(machine.price, self.config.costs, used, message.llc_bytes, machine.latency_ps)
-        )
+            price_walks(machine.price, self.config.costs, used, message.llc_bytes, machine.latency_ps,
+                        self._huge_pages())
+        )  # fmt: skip
         if self._host_scans:
             ept_changed(machine)
         operations = np.frombuffer(message.operations, OPERATION)
@@ -238,6 +239,13 @@ class Guest:
             agent_cpu_s=self._threads.agent_cpu_ns() / 1e9,
             bandwidth_demand=(before - machine.budget).tobytes(),
         )
+
+    def _huge_pages(self) -> int:
+        """4 KiB pages of either page table that 2 MiB entries map."""
+        guest, host = self.config.kernel.thp == "always", self.config.host.backs_huge
+        tables = self.machine.tables
+        mapped = np.count_nonzero(tables.upper & HUGE) if guest else 0
+        return TABLE_PAGES * int(mapped + (np.count_nonzero(tables.ept_pde & HUGE) if host else 0))
 
     def _progress(self) -> float:
         if self.phase != "run":

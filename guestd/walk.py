@@ -256,17 +256,22 @@ def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, ch
     return result
 
 
-def price_walks(price: Words, costs: Costs, used_pages: int, llc_bytes: int, latency_ps: Words) -> int:
+def price_walks(
+    price: Words, costs: Costs, used_pages: int, llc_bytes: int, latency_ps: Words, huge_pages: int = 0
+) -> int:
     """Set ``price`` (int64[PRICES], ps) for a quantum; returns the bytes of the LLC share that are left for data.
 
     A reference costs what the place of its line costs. Page-table lines are the hottest there are (one maps 32 KiB), so
     they are taken to fill first the core's L2 and then the VM's LLC share (``llc_bytes``), upper levels first; what is
     in neither is read from memory at the loaded latency ``latency_ps`` (int64[2, 2]) of the table's tier. Both page
-    tables of ``used_pages`` count. An upper bound of what LRU keeps there.
+    tables of ``used_pages`` count, but for leaves of the ``huge_pages`` (4 KiB pages of either table) that have none.
+    An upper bound of what LRU keeps there.
     """
     l2, llc = costs.l2_bytes, llc_bytes
     for level in (5, 4, 3, 2, 1):
         size = 2 * max(8, 8 * used_pages >> 9 * (level - 1))
+        if level == 1:
+            size = max(16, size - 8 * huge_pages)
         in_l2 = min(l2, size)
         in_llc = min(llc, size - in_l2)
         l2, llc = l2 - in_l2, llc - in_llc

@@ -62,14 +62,12 @@ def _take_block(nodes: Nodes, gpfn: int, flat: bool, needed: int) -> int:
 
 
 @inline
-def _needed(ept: Words, gpfns: Words, at: int, flat: bool, half: int) -> int:
-    """Frames that the faults after ``at`` need, but for those in its 2 MiB and on another node."""
-    needed = 0
-    for other in gpfns[at + 1 :]:
-        near = other >> TABLE_SHIFT == gpfns[at] >> TABLE_SHIFT or (not flat and (other >= half) != (gpfns[at] >= half))
-        if not near and (ept[other] & BACKED) == 0:
-            needed += 1
-    return needed
+def _run(gpfns: Words, start: int) -> int:
+    """How many faults from ``start`` on, one after the other, lie in one 2 MiB of gPA."""
+    end = start + 1
+    while end < gpfns.size and gpfns[end] >> TABLE_SHIFT == gpfns[start] >> TABLE_SHIFT:
+        end += 1
+    return end - start
 
 
 @kernel
@@ -103,14 +101,31 @@ def back(
     hinted = 0
     half = nodes.page.size // 2
     ept, pde = memory.ept, memory.ept_pde
-    for i in range(gpfns.size):
+    fast_needed = slow_needed = 0
+    if huge:
+        for gpfn in gpfns:
+            if (ept[gpfn] & BACKED) == 0:
+                if flat or gpfn < half:
+                    fast_needed += 1
+                else:
+                    slow_needed += 1
+    i = -1
+    while i + 1 < gpfns.size:
+        i += 1
         gpfn = gpfns[i]
         number = gpfn >> TABLE_SHIFT
+        on_fast = flat or gpfn < half
         if huge and pde[number] == 0:
-            if _back_huge(memory, nodes, number << TABLE_SHIFT, flat, _needed(ept, gpfns, i, flat, half)):
+            run = _run(gpfns, i)
+            needed = (fast_needed if on_fast else slow_needed) - run
+            if _back_huge(memory, nodes, number << TABLE_SHIFT, flat, needed):
                 counters[C.vmstat__thp_fault_alloc] += 1
                 memory.ept_pdpte[number >> TABLE_SHIFT] |= PRESENT
+                out[i : i + run] = 0
                 out[i] = prices.huge_ps
+                fast_needed -= run if on_fast else 0
+                slow_needed -= 0 if on_fast else run
+                i += run - 1
                 continue
             counters[C.vmstat__thp_fault_fallback] += 1
         entry = ept[gpfn]
@@ -126,6 +141,8 @@ def back(
             ept[gpfn] = (int64(frame) << FRAME_SHIFT) | PRESENT | WRITABLE
             pde[number] |= PRESENT
             memory.ept_pdpte[number >> TABLE_SHIFT] |= PRESENT
+            fast_needed -= 1 if on_fast else 0
+            slow_needed -= 0 if on_fast else 1
             # A new page is clear: whatever the frame held is gone.
             memory.stamps[frame] = 0
             out[i] = prices.allocated_ps

@@ -67,6 +67,15 @@ def small_guest(costs: Costs, policy: str = "none", *, params: dict[str, Scalar]
     )
 
 
+def with_thp(config: GuestConfig, guest: str = "never", host: str = "never", **kernel: Any) -> GuestConfig:
+    """``config`` with huge pages in guest or host, and other parameters of the guest's kernel."""
+    return msgspec.structs.replace(
+        config,
+        kernel=msgspec.structs.replace(config.kernel, thp=guest, **kernel),
+        host=msgspec.structs.replace(config.host, thp=host),
+    )
+
+
 def small_host(costs: Costs, kernel: HostKernel | None = None) -> HostConfig:
     """A host for such guests."""
     costs = msgspec.structs.replace(costs, llc_bytes=LLC_BYTES)

@@ -33,6 +33,8 @@ class LruSample(Tiering):
         with view.meter.stage(TRACK):
             hot, cold = self._sample(SLOW, young=True), self._sample(FAST, young=False)
         with view.meter.stage(MIGRATE):
+            # Pairs of one size, should the kernel use huge pages.
+            hot, cold = view.match(hot, cold)
             view.counters[C.vmstat__pgpromote_success] += view.exchange(hot, cold, batched=True)
         self.start()
 

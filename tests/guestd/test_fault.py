@@ -3,10 +3,24 @@
 import numpy as np
 import pytest
 
-from guestd.fault import HINT_BATCH, charge_hints, charge_violations, clear_fresh, new_batch, table_frames, verify
+from guestd.address_space import AddressSpace, Vma
+from guestd.fault import (
+    HINT_BATCH,
+    HUGE_BATCH,
+    QUEUED,
+    Thp,
+    charge_hints,
+    charge_violations,
+    clear_fresh,
+    collect,
+    new_batch,
+    table_frames,
+    verify,
+)
 from guestd.guest import Guest
 from guestd.instructions import mov_cr3_everywhere
-from guestd.machine import S
+from guestd.machine import Machine, S
+from guestd.mm.nodes import FAST, SLOW
 from guestd.vcpu import EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, new_vcpus
 from proto.costs import Costs
 from proto.counters import STOLEN_PARTS, C, split, sum_parts
@@ -16,12 +30,14 @@ from proto.entry import (
     ENTRY_VERSION_SHIFT,
     FRAME_MASK,
     FRAME_SHIFT,
+    HUGE,
     PRESENT,
     STAMP_TABLE_BASE,
     WRITABLE,
     owner_stamp,
 )
-from tests.guestd.machines import bare_machine, guest_config, run_guest, start_fleet
+from tests.guestd.machines import bare_machine, guest_config, run_guest, start_fleet, touch_pages
+from tests.small_fleet import with_thp
 
 
 def test_every_first_touch_is_charged_once_where_it_happens(costs: Costs) -> None:
@@ -124,3 +140,121 @@ def test_a_mapping_that_is_lost_and_faulted_in_again_is_seen(costs: Costs) -> No
     guest.machine.gpt[lost] &= ~PRESENT
     mov_cr3_everywhere(guest.machine.vcpus, guest.machine.walk_geometry)
     assert fleet.run().reports[0]["integrity"]["mismatches"] > 0
+
+
+@pytest.mark.parametrize("host", ["never", "always"])
+def test_a_first_touch_of_2_mib_is_one_fault_and_what_the_ept_makes_of_it(host: str, costs: Costs) -> None:
+    """Clearing touches all of it: a violation for each 4 KiB, or one where the EPT maps 2 MiB."""
+    pages = 8192
+    config = guest_config(costs, workload_params={"footprint": 0.7}, total_pages=pages, fast_pages=pages // 2)
+    fleet = start_fleet(with_thp(config, "always", host, thp_defrag="always", khugepaged_pages_to_scan=0))
+    guest = fleet.guests[0]
+    while guest.phase == "populate":
+        assert fleet.step()
+    assert guest.populated is not None
+    counted = guest.populated.counters
+    machine, whole = guest.machine, guest.workload.space.whole_tables()
+    huge = int(counted[C.vmstat__thp_fault_alloc])
+    assert huge == whole.sum() >= 5
+    assert ((machine.tables.upper[: whole.size] & HUGE) != 0).tolist() == (whole == 1).tolist()
+    small = int(np.count_nonzero(machine.gpt)) - 512 * huge
+    assert counted[C.vmstat__pgfault] == small + huge
+    assert counted[C.time__minor_fault_ps] == (
+        small * costs.minor_fault_ps + huge * (costs.minor_fault_ps + costs.clear_page_huge_ps)
+    )
+    tables = int((machine.tables.upper & (PRESENT | HUGE) == PRESENT).sum())
+    assert tables == machine.tables.upper.size - huge, "a huge page needs no leaf table"
+    backed = fleet.host.vms[0].counters
+    blocks = int(backed[C.vmstat__thp_fault_alloc])
+    if host == "never":
+        violations = small + 512 * huge + tables
+        assert counted[C.time__ept_violation_ps] == violations * costs.ept_violation_alloc_ps
+    else:
+        in_blocks = int(np.isin(np.flatnonzero(machine.ept & WRITABLE) // 512, _huge_regions(machine)).sum())
+        violations = blocks + int(np.count_nonzero(machine.ept & WRITABLE)) - in_blocks
+        assert blocks >= huge, "what the guest maps huge lies in one block of the host"
+        assert counted[C.time__ept_violation_ps] == (
+            violations * costs.ept_violation_alloc_ps + blocks * costs.clear_page_huge_ps
+        )
+    assert counted[C.exit__ept_violation] == violations
+    fleet.run()
+    assert fleet.host.reports[0]["integrity"]["mismatches"] == 0
+
+
+def _huge_regions(machine: Machine) -> np.ndarray:
+    return np.flatnonzero(machine.tables.ept_pde & HUGE)
+
+
+def test_without_a_block_it_is_4_kib_pages_for_good(costs: Costs) -> None:
+    """By default a node without a block ends the search; each region is tried once."""
+    config = guest_config(costs, total_pages=8192, fast_pages=2048)
+    guest, report = run_guest(with_thp(config, "always", khugepaged_pages_to_scan=0))
+    assert guest.populated is not None
+    counted = guest.populated.counters
+    whole, huge = int(guest.workload.space.whole_tables().sum()), int(counted[C.vmstat__thp_fault_alloc])
+    assert 0 < huge < 2048 // 512
+    assert counted[C.vmstat__thp_fault_fallback] == whole - huge
+    assert report["vmstat"]["thp_fault_fallback"] == 0
+    assert report["memory"]["huge_bytes"] == huge << 21
+
+
+def test_a_region_in_two_vmas_gets_no_huge_page() -> None:
+    space = AddressSpace([Vma("a", 0x5555_5550_0000, 1000), Vma("b", 0x5555_5550_0000 + (1000 << 12), 3000)])
+    whole = space.whole_tables()
+    for number, start in enumerate(space.table_gva):
+        inside = [
+            vma for vma in space.vmas if vma.start <= start and start + (1 << 21) <= vma.start + (vma.pages << 12)
+        ]
+        assert bool(whole[number]) == (len(inside) == 1)
+    assert 0 < whole.sum() < space.tables
+
+
+def test_a_batch_takes_as_many_huge_pages_as_it_has_room_for(costs: Costs) -> None:
+    """Regions beyond that wait for the next look-ahead, and each page of a region is listed once."""
+    config = with_thp(guest_config(costs, total_pages=16384, fast_pages=8192), "always")
+    guest = start_fleet(config).guests[0]
+    machine, space = guest.machine, guest.workload.space
+    tables = np.flatnonzero(space.whole_tables())[: HUGE_BATCH + 3]
+    touch_pages(machine, 0, [int(table) * 512 + 5 for table in tables for _ in range(3)])
+    batch = new_batch(8)
+    thp = Thp(space.whole_tables(), 7, False)
+    none = np.zeros(0, np.uint8)
+    for already, expected in ((0, HUGE_BATCH), (HUGE_BATCH, 3)):
+        collect(machine, 0, 64, guest.nodes, none, FAST, 1, thp, batch)
+        mapped = np.flatnonzero(machine.tables.upper[: space.tables] & HUGE)
+        assert mapped.size == already + expected
+        fresh = batch.fresh[: batch.counts[2]]
+        pages = fresh[fresh < STAMP_TABLE_BASE]
+        assert np.array_equal(
+            np.sort(pages), np.sort((tables[already : already + expected, None] * 512 + np.arange(512)).ravel())
+        )
+        assert np.unique(batch.gpfn[: batch.counts[1]]).size == batch.counts[1], "one violation each"
+        for page, gpfn in zip(fresh, batch.fresh_gpfn, strict=False):
+            machine.ept[gpfn] = gpfn << FRAME_SHIFT | PRESENT | WRITABLE
+            assert page >= STAMP_TABLE_BASE or (machine.gpt[page] & FRAME_MASK) >> FRAME_SHIFT == gpfn
+        assert not (machine.tables.upper & QUEUED).any() and not (machine.gpt & QUEUED).any()
+    charged = np.flatnonzero(machine.vcpus.fault_ps[0])
+    assert charged.tolist() == [3 * i for i in range(tables.size)], "at its first access"
+    assert (machine.vcpus.fault_ps[0, charged] == 7).all()
+
+
+def test_a_protected_huge_page_is_one_hint_at_its_first_access(costs: Costs) -> None:
+    config = with_thp(guest_config(costs), "always", thp_defrag="always", khugepaged_pages_to_scan=0)
+    fleet = start_fleet(config)
+    guest = fleet.guests[0]
+    while guest.phase == "populate":
+        assert fleet.step()
+    machine, view = guest.machine, guest.view
+    slow = view.on_node(0, view.pages, SLOW, view.pages)
+    heads = slow[view.sizes(slow) > 1][:2]
+    for head in heads:
+        assert view.protect(int(head), 512) == 512
+    touch_pages(machine, 0, [int(heads[0]) + 9, int(heads[1]) + 1, int(heads[0]) + 8, int(heads[0])])
+    batch = new_batch(8)
+    collect(machine, 0, 8, guest.nodes, np.zeros(0, np.uint8), FAST, 1, Thp(np.zeros(0, np.uint8), 7, False), batch)
+    assert batch.hint_page[: batch.counts[0]].tolist() == heads.tolist()
+    assert batch.hint_position[: batch.counts[0]].tolist() == [0, 1]
+    assert not (machine.tables.upper & QUEUED).any() and not (machine.gpt & QUEUED).any()
+    view.unprotect(heads)
+    fleet.run()
+    assert fleet.host.reports[0]["integrity"]["mismatches"] == 0

@@ -17,15 +17,16 @@ from proto.entry import (
     DIRTY,
     FRAME_MASK,
     FRAME_SHIFT,
+    HUGE,
     PRESENT,
     PROTNONE,
     STAMP_PAGE_SHIFT,
     WRITABLE,
     YOUNG,
 )
-from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_ZAP, OPERATION
+from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP, OPERATION
 from proto.trace import STORE
-from proto.units import PS_PER_NS
+from proto.units import PS_PER_NS, TABLE_PAGES
 from tests.guestd.machines import SLOTS, bare_machine, small_costs, touch_pages
 
 US = 1000 * PS_PER_NS
@@ -192,6 +193,110 @@ def test_move_carries_the_content_and_leaves_the_entry_to_the_next_fault(present
     assert not entry & (PRESENT | ACCESSED | DIRTY | PROTNONE)
     assert machine.stamps[200] == stamp
     assert machine.counters[C.kvm__remote_tlb_flush_requests] == present
+
+
+HEAD = 512
+"""First gPA frame of a huge page, in slots 512.. ."""
+
+
+def mapped_huge(costs: Costs) -> Machine:
+    """As `mapped`, and 2 MiB of gPA on one block, where the guest's pages 512.. lie, in 4 KiB pieces of its own."""
+    machine = mapped(costs, 1)
+    pages = np.arange(HEAD, HEAD + TABLE_PAGES)
+    machine.gpt[pages] = pages << FRAME_SHIFT | PRESENT | WRITABLE
+    machine.ept[pages] = pages << FRAME_SHIFT | PRESENT | WRITABLE
+    machine.stamps[pages] = machine.state[S.OWNER] | pages << STAMP_PAGE_SHIFT
+    machine.tables.ept_pde[HEAD // TABLE_PAGES] = PRESENT | HUGE
+    return machine
+
+
+@pytest.mark.parametrize("touched", [True, False])
+def test_a_zap_of_a_part_zaps_the_whole_entry_of_a_huge_page(touched: bool, costs: Costs) -> None:
+    machine = mapped_huge(costs)
+    if touched:
+        touch_pages(machine, 0, [HEAD + 9], STORE)
+    run(machine, 2 * US)
+    bits = ACCESSED | DIRTY if touched else 0
+    assert machine.tables.ept_pde[1] == PRESENT | HUGE | bits, "A and D are where the mapping is"
+    assert not (machine.ept[HEAD : HEAD + TABLE_PAGES] & (ACCESSED | DIRTY)).any()
+    run(machine, 3 * US, (3 * US, OP_ZAP, 0, HEAD + 100, 1))
+    frames = np.arange(HEAD, HEAD + TABLE_PAGES) << FRAME_SHIFT | WRITABLE
+    frames[0] |= YOUNG if touched else 0
+    assert machine.ept[HEAD : HEAD + TABLE_PAGES].tolist() == frames.tolist()
+    assert machine.tables.ept_pde[1] == PRESENT | HUGE, "it is still one page"
+    assert machine.counters[C.kvm__mmu_zapped] == 1, "one entry"
+    assert machine.counters[C.kvm__remote_tlb_flush_requests] == 1
+    run(machine, 4 * US, (4 * US, OP_ZAP, 0, HEAD, 2 * TABLE_PAGES))
+    assert machine.counters[C.kvm__remote_tlb_flush_requests] == 1, "nothing was present: no flush"
+
+
+@pytest.mark.parametrize(("first", "protected"), [(HEAD, True), (0, True), (HEAD + 1, False)])
+def test_a_slow_huge_page_is_protected_by_the_range_that_its_head_is_in(
+    first: int, protected: bool, costs: Costs
+) -> None:
+    machine = mapped_huge(costs)
+    machine.state[S.SLOW_FRAMES] = HEAD
+    run(machine, 1 * US, (1 * US, OP_ZAP, PROTNONE, first, 2 * TABLE_PAGES - first))
+    found = machine.ept[HEAD : HEAD + TABLE_PAGES] & (PRESENT | PROTNONE)
+    assert set(found.tolist()) == {PROTNONE if protected else 0}
+
+
+def test_a_huge_page_moves_as_one_with_one_flush(costs: Costs) -> None:
+    machine = mapped_huge(costs)
+    stamps = machine.stamps[HEAD : HEAD + TABLE_PAGES].copy()
+    before = machine.budget.copy()
+    run(machine, 1 * US, (1 * US, OP_MOVE, HUGE | PROTNONE, HEAD, 2048, 0, 10 * US))
+    entries = machine.ept[HEAD : HEAD + TABLE_PAGES]
+    assert entries.tolist() == ((2048 + np.arange(TABLE_PAGES)) << FRAME_SHIFT | WRITABLE | PROTNONE).tolist()
+    assert np.array_equal(machine.stamps[2048 : 2048 + TABLE_PAGES], stamps)
+    assert machine.tables.ept_pde[1] == PRESENT | HUGE
+    assert machine.counters[C.kvm__remote_tlb_flush_requests] == 1
+    assert (before - machine.budget).tolist() == [[2 << 20, 0], [0, 2 << 20]]
+    # A violation anywhere in it sleeps until the copy is done.
+    violation(machine, HEAD + 300)
+    for gpfn in range(HEAD, HEAD + TABLE_PAGES):
+        machine.ept[gpfn] = (machine.ept[gpfn] & ~PROTNONE) | PRESENT
+    run(machine, 40 * US)
+    assert machine.vcpus.ledger[0, EPT_REFAULT] > 10 * US
+    assert machine.counters[C.integrity__mismatches] == 0
+
+
+def test_scattered_pages_become_one_huge_page(costs: Costs) -> None:
+    """What a collapse asks for: each is copied from where it lies, and one entry maps them all."""
+    machine = mapped_huge(costs)
+    machine.tables.ept_pde[1] = PRESENT | ACCESSED
+    pages = np.arange(HEAD, HEAD + TABLE_PAGES)
+    order = np.random.default_rng(4).permutation(pages)
+    machine.ept[pages] = order << FRAME_SHIFT | PRESENT | WRITABLE
+    machine.ept[HEAD + 40] |= ACCESSED
+    machine.stamps[order] = machine.state[S.OWNER] | pages << STAMP_PAGE_SHIFT
+    touch_pages(machine, 0, [HEAD + 7, HEAD + 300])
+    run(machine, 2 * US, (2 * US, OP_MOVE, HUGE, HEAD, 1024))
+    assert (machine.ept[pages] >> FRAME_SHIFT).tolist() == list(range(1024, 1536))
+    assert machine.ept[HEAD] & YOUNG and not (machine.ept[pages[1:]] & YOUNG).any()
+    assert machine.tables.ept_pde[1] == PRESENT | HUGE
+    machine.ept[pages] |= PRESENT
+    touch_pages(machine, 0, list(pages))
+    machine.vcpus.field[0, IDLE] = 0
+    run(machine, 200 * US)
+    assert machine.counters[C.access__total] == 2 + TABLE_PAGES
+    assert machine.counters[C.integrity__mismatches] == 0
+
+
+def test_two_huge_pages_trade_places_with_one_flush(costs: Costs) -> None:
+    machine = mapped_huge(costs)
+    other = np.arange(2 * TABLE_PAGES, 3 * TABLE_PAGES)
+    machine.ept[other] = (other + 1024) << FRAME_SHIFT | PRESENT | WRITABLE
+    machine.stamps[other + 1024] = other
+    machine.tables.ept_pde[2] = PRESENT | HUGE
+    mine = machine.stamps[HEAD : HEAD + TABLE_PAGES].copy()
+    run(machine, 1 * US, (1 * US, OP_SWAP, HUGE, HEAD, 2 * TABLE_PAGES))
+    assert (machine.ept[HEAD : HEAD + TABLE_PAGES] >> FRAME_SHIFT).tolist() == (other + 1024).tolist()
+    assert (machine.ept[other] >> FRAME_SHIFT).tolist() == list(range(HEAD, HEAD + TABLE_PAGES))
+    assert np.array_equal(machine.stamps[other + 1024], mine)
+    assert np.array_equal(machine.stamps[HEAD : HEAD + TABLE_PAGES], other)
+    assert machine.counters[C.kvm__remote_tlb_flush_requests] == 1
+    assert machine.counters[C.kvm__mmu_zapped] == 2
 
 
 def violation(machine: Machine, page: int) -> None:
