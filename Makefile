@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test fuzz bench lint format pins clean
+.PHONY: help setup run test test-cores test-fleet fuzz bench lint format pins clean
 
 help:
 	@echo "make run     run examples/quickstart.toml: a table, a figure, and runs/<name>/"
@@ -39,8 +39,15 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Two halves of about the same length beside each other; their output comes half by half.
 test: lint
-	$(BIN)/pytest -q
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-cores test-fleet
+
+test-cores: $(STAMP)
+	$(BIN)/pytest -q tests/guestd tests/hostd tests/proto
+
+test-fleet: $(STAMP)
+	$(BIN)/pytest -q --ignore tests/guestd --ignore tests/hostd --ignore tests/proto
 
 FUZZ ?= 10000
 fuzz: $(STAMP)

@@ -71,7 +71,8 @@ class Vm:
         self._next_task_vcpu = 0
         self._tick_ps = PS_PER_S // config.kernel.hz
         self._next_tick_ps = config.start_ps + self._tick_ps
-        self._until_ps = 0
+        self.until_ps = 0
+        """End of the quantum that the VM is in."""
         self._reclaim_end_ps = 0
         """kswapd is one thread: no tick wakes it before it is through with what it began."""
         self._events = EventLog(config.events_path if self.flat else "", config.vm)
@@ -152,7 +153,7 @@ class Vm:
     def ept_fault(self, time_ps: int, gpfns: Words) -> Words:
         """Serve EPT violations (int64[n]); cost of each in ps. Raises RefusedMessage, having changed nothing."""
         began = time.thread_time_ns()
-        time_ps = min(time_ps, self._until_ps)
+        time_ps = min(time_ps, self.until_ps)
         limit = self.config.total_pages if self.flat else gpa_pages(self.config.total_pages)
         if gpfns.size and (int(gpfns.min()) < 0 or int(gpfns.max()) >= limit):
             raise RefusedMessage(f"gPA frame out of range; this VM has frames 0 to {limit - 1}")
@@ -178,7 +179,7 @@ class Vm:
 
     def prepare(self, now_ps: int, until_ps: int) -> bytes:
         """Run the host's threads for the coming quantum; the operations that the VM executes in it (`OPERATION`s)."""
-        self._until_ps = until_ps
+        self.until_ps = until_ps
         self.backed_pages = max(self.backed_pages, sum(self.used()))
         if now_ps < self.config.start_ps or not (self.flat or self._threads):
             return b""
