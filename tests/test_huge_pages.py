@@ -22,7 +22,8 @@ from guestd.engine import NEED_ACCESSES
 from guestd.guest import Guest
 from guestd.instructions import mov_cr3_everywhere
 from guestd.machine import S
-from guestd.mm.nodes import ACTIVE, F_BUSY, FAST, INACTIVE, SLOW, WMARK_HIGH, WMARK_MIN
+from guestd.mm.kswapd import Kswapd
+from guestd.mm.nodes import ACTIVE, F_BUSY, FAST, INACTIVE, SLOW, WMARK_DEMOTE, WMARK_HIGH, WMARK_MIN
 from guestd.tiering.registry import policies
 from guestd.tiering.view import PageView
 from guestd.vcpu import FRACTURED, IDLE
@@ -42,7 +43,7 @@ from proto.entry import (
     STAMP_TABLE_BASE,
 )
 from proto.layout import OPERATION
-from proto.units import PS_PER_MS
+from proto.units import PS_PER_MS, PS_PER_S
 from tests.guestd.machines import touch_pages
 from tests.small_fleet import check_memory, new_fleet, small_guest, until_populated, with_thp
 
@@ -451,6 +452,28 @@ def test_khugepaged_gathers_what_first_touch_could_not(costs: Costs) -> None:
     assert without["memory"]["huge_bytes"] < report["memory"]["huge_bytes"]
 
 
+def test_reclaim_splits_what_it_cannot_demote_whole(costs: Costs) -> None:
+    """The slow node has frames, but no block for a huge page: kswapd demotes it in pieces."""
+    huge = HugePopulated(costs)
+    view = huge.view
+    while view.free(SLOW) >= 1024:
+        assert view.move(huge.huge(FAST)[:1], SLOW, 0).all()
+    view.split(huge.huge(FAST)[-2:])
+    assert view.move(huge.base(FAST, 2000)[: view.free(SLOW) - 500], SLOW, 0).all()
+    view.clear_young(np.arange(view.pages))
+    view.nodes.watermark[FAST, WMARK_DEMOTE] = view.free(FAST) + 200
+    whole, counted = huge.huge(FAST), view.counters.copy()
+    free = view.free(SLOW)
+    assert 200 < free - view.watermark(SLOW, WMARK_MIN) < 512
+    Kswapd(view, WMARK_DEMOTE, protect=False).run(PS_PER_S)
+    delta = view.counters - counted
+    assert (
+        delta[C.vmstat__thp_split_page] == delta[C.vmstat__thp_migration_fail] == whole.size - huge.huge(FAST).size > 0
+    )
+    assert delta[C.vmstat__pgdemote_kswapd] >= 200
+    huge.ends_well()
+
+
 def test_huge_pages_make_walks_shorter_and_misses_rarer(costs: Costs) -> None:
     """On both levels; on one of them the TLB holds 4 KiB pieces, and only the walk gets shorter."""
     small = msgspec.structs.replace(costs, pde_cache_entries=4, ept_pde_cache_entries=4, nested_tlb_entries=4)
@@ -478,24 +501,27 @@ def run_one(config: GuestConfig) -> tuple[Guest, dict[str, Any]]:
     return guest, fleet.host.reports[config.vm]
 
 
-@pytest.mark.parametrize("quiet", [{"pml": True, "pml_harvest_ps": 5 * PS_PER_MS},
+@pytest.mark.parametrize("quiet", [{"pml": True, "pml_harvest_ps": 5 * PS_PER_MS}, {"swap_pages_per_s": 400_000},
                                    {"populate": True}])  # fmt: skip
 @pytest.mark.parametrize("policy", ["none", "h-tpp"])
 def test_the_host_s_other_modes_go_with_huge_pages(policy: str, quiet: dict[str, Any], costs: Costs) -> None:
-    """While KVM logs dirty pages it maps 4 KiB; populated memory is huge from the start."""
+    """Swap splits what it takes; while KVM logs dirty pages it maps 4 KiB; populated memory is huge from the start."""
     config = brisk(costs, policy, "always", "always")
     fleet = new_fleet(msgspec.structs.replace(config, host=msgspec.structs.replace(config.host, **quiet)))
     while fleet.step():
-        if not fleet.guests[0].finished:
+        # What is swapped out has no frame.
+        if "swap_pages_per_s" not in quiet and not fleet.guests[0].finished:
             check_memory(fleet)
     assert fleet.host.failures == []
     report = fleet.host.reports[0]
     assert report["integrity"]["mismatches"] == 0
     if "pml" in quiet:
         assert "host_thp" not in report and report["pml"]["entries"] > 0
-    else:
+    elif "populate" in quiet:
         assert report["host_thp"]["fault_alloc"] >= 12
         assert report["memory"]["pinned_bytes"] == config.total_pages << 12
+    else:
+        assert report["host_thp"]["split_page"] > 0 and report["swap"]["out_pages"] > 100
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
