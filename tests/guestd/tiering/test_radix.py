@@ -1,5 +1,7 @@
 """Scans that walk the tree: on random trees against plain Python that recurses, in the guest's form and the host's."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -99,8 +101,8 @@ drawn = st.lists(entries, min_size=1, max_size=12)
 shares = st.tuples(st.floats(0, 1), st.floats(0, 1))
 
 
-def check(make: object, bits: list[int], share: tuple[float, float]) -> None:
-    tree, twin = make(bits), make(bits)  # type: ignore[operator]
+def check(make: Callable[[list[int]], Tree], bits: list[int], share: tuple[float, float]) -> None:
+    tree, twin = make(bits), make(bits)
     pages = tree.leaf.size
     first, end = sorted(int(part * pages) for part in share)
     out = np.empty(end - first, np.int64)
