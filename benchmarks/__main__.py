@@ -7,7 +7,7 @@ from importlib import import_module
 
 from benchmarks.cli import cpu_model
 from benchmarks.figures import print_figures, to_builtins
-from fleet.numba_cache import cache_directory
+from fleet import numba_cache
 from fleet.provenance import library_versions
 
 NAMES = ("engine", "mechanisms", "workloads", "fleet_start", "hypercall")
@@ -25,7 +25,7 @@ def main() -> None:
     if wrong := [name for name in given.name if name not in NAMES]:
         parser.error(f"{wrong[0]!r} is no benchmark; there are {', '.join(NAMES)}")
     # Before numba is imported: the same compiled kernels as a run's.
-    os.environ["NUMBA_CACHE_DIR"] = str(cache_directory())
+    os.environ.update(numba_cache.environment())
     report = {"machine": cpu_model(), "versions": library_versions(), "quick": given.quick, "figures": {}}
     if not given.json:
         print(f"{report['machine']}; median (least - most, n = repetitions)")

@@ -25,8 +25,8 @@ from typing import IO, Any
 
 import msgspec
 
+from fleet import numba_cache
 from fleet.errors import LaunchError
-from fleet.numba_cache import cache_directory
 from fleet.outcome import FleetResult, Observer, Outcome, Usage
 from proto import transport
 from proto.config import GuestConfig, HostConfig
@@ -371,10 +371,10 @@ def _close_ledger(ledger: dict[str, float], exited: Exited) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """The zygote's environment: one thread, the launcher's own import path, the cache of this state of the sources."""
+    """The zygote's environment: one thread, the launcher's own import path, the cache of kernels."""
     one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return os.environ | one | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "NUMBA_CACHE_DIR": str(cache_directory())}
+    return os.environ | one | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"} | numba_cache.environment()
 
 
 def _log_stderr(stderr: IO[bytes], path: Path) -> str:

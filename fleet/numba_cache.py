@@ -1,7 +1,6 @@
-"""Where compiled kernels are kept between runs: one directory per state of the sources, versions and CPU.
+"""Where compiled kernels are kept between runs: a directory per CPU and versions, a folder in it per state of a module.
 
-numba's own cache looks at the file of a function only, and would go on with machine code of a callee that was edited in
-another file (architecture 5). So the directory's name is a hash of every source that kernels can come from.
+`fleet.kernel_locator` names the folders.
 """
 
 import hashlib
@@ -14,11 +13,9 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("proto", "hostd", "guestd")
 _VERSIONED = ("numba", "numpy", "llvmlite")
 _KEEP_S = 30 * 24 * 3600
-"""A directory that no run used for this long goes."""
+"""A directory or folder that no run used for this long goes."""
 
 
 def cache_directory() -> Path:
@@ -33,20 +30,24 @@ def cache_directory() -> Path:
             if directory.stat().st_uid == os.getuid() == parent.stat().st_uid and os.access(directory, os.W_OK):
                 os.utime(directory)
                 _forget_old(parent)
+                _forget_old(directory)
                 return directory
         except OSError:
             continue
     return Path(tempfile.mkdtemp(prefix="tierfleet-"))
 
 
+def environment() -> dict[str, str]:
+    """The variables by which numba keeps kernels there; to be set before it is imported."""
+    return {
+        "NUMBA_CACHE_DIR": str(cache_directory()),
+        "NUMBA_CACHE_LOCATOR_CLASSES": "fleet.kernel_locator.ModuleLocator",
+    }
+
+
 def _key() -> str:
-    digest = hashlib.sha256()
-    sources = [path for package in _PACKAGES for path in (ROOT / package).rglob("*.py")]
-    for path in sorted([*sources, ROOT / "fleet" / "zygote.py"]):
-        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     versions = [sys.version, *(metadata.version(name) for name in _VERSIONED)]
-    digest.update("\0".join([*versions, platform.machine(), _cpu()]).encode())
-    return digest.hexdigest()[:20]
+    return hashlib.sha256("\0".join([*versions, platform.machine(), _cpu()]).encode()).hexdigest()[:20]
 
 
 def _cpu() -> str:

@@ -82,6 +82,7 @@ def metered(function: Callable[P, R]) -> Callable[Concatenate[Words, P], R]:
     timed = FunctionType(_timed.__code__, {**globals(), "_inner": inner}, name)
     timed.__qualname__ = f"{function.__module__}.{name}"
     timed.__doc__ = function.__doc__
+    timed.__module__ = function.__module__
     return cast(Callable[Concatenate[Words, P], R], kernel(timed))
 
 

@@ -19,7 +19,7 @@ from proto.units import PAGE_SIZE, PS_PER_MS, PS_PER_S
 MIB = 1 << 20
 
 # Set before the first kernel is imported: the kernels that `fleet run` compiled serve the tests too, and no stale ones.
-os.environ["NUMBA_CACHE_DIR"] = str(numba_cache.cache_directory())
+os.environ.update(numba_cache.environment())
 
 # No test judges by the clock, so a busy machine must not fail one.
 settings.register_profile("fleet", deadline=None, suppress_health_check=[HealthCheck.too_slow])

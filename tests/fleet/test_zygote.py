@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from fleet import numba_cache
 from fleet.experiment import Experiment
-from fleet.numba_cache import cache_directory
 from proto import transport
 from proto.control import HOST, Broken, Channel, Exited, Kill, Launch, Quit, Ready, Started, ToLauncher, Warm
 from proto.units import PS_PER_S
@@ -37,7 +37,7 @@ class Launcher:
             stdout=subprocess.DEVNULL,
             env=os.environ
             | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-            | {"NUMBA_CACHE_DIR": str(cache_directory())},
+            | numba_cache.environment(),
         )
         zygote_end.close()
         host_end.close()

@@ -12,7 +12,8 @@ from proto import transport
 from proto.errors import EndpointError
 from proto.messages import MAX_MESSAGE
 
-TIMEOUT_MS = 10_000
+TIMEOUT_MS = 120_000
+"""What a busy machine may take; nothing is waited for that does not come."""
 
 
 class Wire:
