@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from fleet.hosts import Profile
     from fleet.spec import Kind
+    from guestd.tiering.stage import Stage
 
 INTERRUPTED = 130
 
@@ -110,21 +111,28 @@ def run(
 def policies(
     name: Annotated[str | None, typer.Argument(help="Only this one, with its parameters.")] = None,
     params: Annotated[bool, typer.Option("--params", help="Also every parameter with unit and source.")] = False,
+    stages: Annotated[bool, typer.Option("--stages", help="The stages that policies are made of instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the tiering policies: which view of memory they work on, their stages, their source.
 
     \b
-    Example: everything that can be set on one of them
+    Examples: everything that can be set on one of them; what its stages can be exchanged for, and how
       fleet policies g-tpp
+      fleet policies --stages
+      fleet run --policy g-tpp --set migrator=swap --memory 64MiB --seconds 5
     """
     from guestd.tiering.registry import policies as registry
+    from guestd.tiering.registry import stages as all_stages
 
+    if stages:
+        _stages(all_stages(), as_json)
+        return
     known = _only("policy", name, registry())
     if as_json:
         _print_json(
             {
-                key: {"view": kind.view, "summary": kind.summary, "stages": kind.stages, "source": kind.source,
+                key: {"view": kind.view, "summary": kind.summary, "stages": dict(kind.stages), "source": kind.source,
                       "params": _params(kind)}
                 for key, kind in known.items()
             }
@@ -137,6 +145,23 @@ def policies(
     _print_table(("policy", "view", "stages", "source"), rows)
     if params or name:
         _print_params("policy", known)
+
+
+def _stages(known: "Mapping[str, Stage]", as_json: bool) -> None:
+    """Print the stages: what each is, where it works, what it needs of the others."""
+    from guestd.tiering.stage import KINDS
+
+    if as_json:
+        table = {
+            name: {"kind": stage.kind, "views": list(stage.views), "summary": stage.summary, "source": stage.source,
+                   "gives": sorted(stage.gives), "needs": sorted(stage.needs), "params": _params(stage)}
+            for name, stage in known.items()
+        }  # fmt: skip
+        _print_json(table)
+        return
+    rows = [(stage.kind, name, ", ".join(stage.views), stage.summary, ", ".join(sorted(stage.needs)) or "-")
+            for name, stage in sorted(known.items(), key=lambda item: KINDS.index(item[1].kind))]  # fmt: skip
+    _print_table(("kind", "stage", "view", "what it does", "needs"), rows)
 
 
 @app.command()
@@ -343,7 +368,7 @@ def _only(what: str, name: str | None, registry: Mapping[str, K]) -> dict[str, K
     return {name: registry[name]}
 
 
-def _params(kind: "Kind") -> list[dict[str, Any]]:
+def _params(kind: "Kind | Stage") -> list[dict[str, Any]]:
     return [param._asdict() for param in kind.params]
 
 

@@ -6,7 +6,7 @@ Sizes are kept as declared, before ``scale``; `Experiment.guests` applies it. Ma
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from itertools import accumulate
@@ -43,6 +43,8 @@ class Tenant:
     transactions: int
     """Of each VM, before scale; 0 = until `run_ps`."""
     kernel: GuestKernel
+    stages: dict[str, str] = field(default_factory=dict)
+    """Stages of the policy that were exchanged: tracker, classifier or migrator -> name."""
     files: tuple[str, ...] = ()
     """Parameters of the workload that name a file."""
 
@@ -122,6 +124,7 @@ class Experiment:
             slow_pages=total - fast,
             policy=tenant.policy,
             policy_params=tenant.policy_params,
+            stages=tenant.stages,
             workload=tenant.workload,
             workload_params=tenant.workload_params,
             run_ps=tenant.run_ps,
@@ -213,6 +216,7 @@ def _tenant(tenant: Tenant) -> dict[str, object]:
     return {
         "vms": tenant.vms,
         "policy": tenant.policy,
+        **tenant.stages,
         "workload": tenant.workload,
         "vcpus": tenant.vcpus,
         "memory": exact_size(tenant.memory_bytes),

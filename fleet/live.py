@@ -209,7 +209,7 @@ def live_table(state: FleetState) -> Table:
     names = sorted(state.vms)
     for vm in names[:ROWS]:
         guest = state.guests.get(vm)
-        labels = (guest.policy, guest.workload) if guest else ("", "")
+        labels = (guest.policy_label, guest.workload) if guest else ("", "")
         one = state.vms[vm]
         table.add_row(f"vm{vm}", *labels, one.phase, *_figures([one]), style="red" if one.phase == "lost" else None)
     if rest := [state.vms[vm] for vm in names[ROWS:]]:

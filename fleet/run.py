@@ -36,7 +36,9 @@ def run_experiment(experiment: Experiment, out: Path | None, as_json: bool) -> i
     provenance = collect()
     tenants = experiment.tenants
     name = experiment.name or default_name(
-        datetime.now(), [tenant.policy for tenant in tenants], [tenant.workload for tenant in tenants]
+        datetime.now(),
+        ["+".join([tenant.policy, *tenant.stages.values()]) for tenant in tenants],
+        [tenant.workload for tenant in tenants],
     )
     directory = RunDirectory.create(out, name)
     directory.begin(experiment, provenance)

@@ -6,11 +6,11 @@ parameters of policy, workload, host profile, guest kernel and engine by ``space
 the edge, so that nothing is started on a bad value.
 """
 
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -18,6 +18,7 @@ from fleet import hosts
 from fleet.errors import ProfileError, SpecError
 from fleet.experiment import Experiment, Tenant, scaled_pages, scaled_transactions
 from fleet.names import unknown
+from fleet.spec_layers import SPACES, STAGE_KEYS, Layer, flag_layer, overlay, read, setting_layer, space_of
 from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS, engine_config, guest_kernel, host_kernel
 from fleet.spec_trace import check_trace
 from fleet.spec_values import Given, exact_size, exact_time, fraction, integer, is_file, parameter, size, text, time_ps
@@ -26,6 +27,9 @@ from proto.config import Scalar
 from proto.costs import Costs
 from proto.entry import MAX_PAGES, MAX_VMS
 from proto.units import PAGE_SIZE, PS_PER_MS, PS_PER_S, TABLE_PAGES
+
+if TYPE_CHECKING:
+    from guestd.tiering.stage import Stage
 
 MIN_MEMORY = 16 << 20
 MAX_MEMORY = MAX_PAGES * PAGE_SIZE
@@ -41,12 +45,6 @@ DEFAULTS: dict[str, object] = {
     "hang_timeout": "60s", "vms": 1, "policy": "none", "workload": "gups", "vcpus": 1, "memory": "512MiB",
     "fast_ratio": 0.2, "seconds": 10, "start": 0,
 }  # fmt: skip
-RUN_KEYS = ("name", "seed", "clock", "host", "scale", "sample", "hang_timeout")
-GROUP_KEYS = ("vms", "policy", "workload", "vcpus", "memory", "fast_ratio", "seconds", "transactions", "start")
-_UNTIL = ("seconds", "transactions")
-_GROUP_SPACES = ("policy", "workload", "guest")
-_RUN_SPACES = ("engine", "host")
-_SPACES = (*_GROUP_SPACES, *_RUN_SPACES)
 _HOST_NAMES = frozenset(param.name for param in HOST_PARAMS)
 """Keys of the space `host` that are no costs."""
 
@@ -67,28 +65,30 @@ class PolicyKind(Kind, Protocol):
     def view(self) -> str: ...
     @property
     def fast_share(self) -> Fraction | None: ...
+    @property
+    def min_run_ps(self) -> Callable[[dict[str, Scalar]], int]: ...
 
 
 K = TypeVar("K", bound=Kind)
-Layer = dict[str, Given]
-"""Values of one origin by key; settings under their full name, such as ``policy.scan_period``."""
 
 
 class Registries(NamedTuple):
-    """Policies and workloads by name."""
+    """Policies, workloads, and stages of policies by name; how a policy gets other stages."""
 
     policies: Mapping[str, PolicyKind]
     workloads: Mapping[str, Kind]
+    stages: "Mapping[str, Stage]" = MappingProxyType({})
+    policy_of: Callable[[str, Mapping[str, str]], PolicyKind] | None = None
 
 
 def installed() -> Registries:
     """Those of this installation, third parties' included."""
     from guestd.tiering.policy import PluginError
-    from guestd.tiering.registry import policies
+    from guestd.tiering.registry import policies, policy_of, stages
     from guestd.workloads.registry import workloads
 
     try:
-        return Registries(policies(), workloads())
+        return Registries(policies(), workloads(), stages(), policy_of)
     except PluginError as error:
         raise SpecError(str(error)) from error
 
@@ -103,9 +103,9 @@ def load(
 
     Raises SpecError or ProfileError.
     """
-    top, groups, costs = _read(path) if path else ({}, [{}], None)
-    flag_layer = _flags(flags or {}) | _settings(settings)
-    return _Resolver(top, groups, costs, flag_layer, registries or installed()).experiment()
+    top, groups, costs = read(path) if path else ({}, [{}], None)
+    given = flag_layer(flags or {}) | setting_layer(settings)
+    return _Resolver(top, groups, costs, given, registries or installed()).experiment()
 
 
 class _Resolver:
@@ -117,12 +117,12 @@ class _Resolver:
         self.top, self.groups, self.costs, self.flags = top, groups, costs, flags
         self.registries = registries
         # What the file sets for all groups may belong to a policy (or workload) that a flag has displaced.
-        shared = {key: given for key, given in top.items() if _space(key) not in flags}
-        self.unused = {key: given for key, given in (shared | flags).items() if _space(key)}
-        self.offered: dict[str, set[str]] = {space: set() for space in _SPACES}
+        shared = {key: given for key, given in top.items() if space_of(key) not in flags}
+        self.unused = {key: given for key, given in (shared | flags).items() if space_of(key)}
+        self.offered: dict[str, set[str]] = {space: set() for space in SPACES}
 
     def experiment(self) -> Experiment:
-        layer = _overlay(self.top, self.flags)
+        layer = overlay(self.top, self.flags)
         run = _defaults() | layer
         _check_clock(run["clock"])
         scale = _scale(run["scale"])
@@ -182,7 +182,7 @@ class _Resolver:
             profile = hosts.load_profile(text(given), given.base)
             costs = hosts.costs(profile)
         overrides = {}
-        for key in [key for key in layer if _space(key) == "host"]:
+        for key in [key for key in layer if space_of(key) == "host"]:
             name, value = key.removeprefix("host."), str(layer[key].raw)
             if name in _HOST_NAMES:
                 continue
@@ -198,12 +198,15 @@ class _Resolver:
 
     def _tenant(self, group: Layer, scale: Fraction) -> Tenant:
         for space in ("policy", "workload"):
-            displaced = _overlay(_defaults(), self.top, group)[space].raw
+            displaced = overlay(_defaults(), self.top, group)[space].raw
             if space in self.flags and self.flags[space].raw != displaced:
-                group = {key: given for key, given in group.items() if _space(key) != space}
-        layer = _overlay(self.top, group, self.flags)
-        values = _overlay(_defaults(), layer)
+                group = {key: given for key, given in group.items() if space_of(key) != space}
+        layer = overlay(self.top, group, self.flags)
+        values = overlay(_defaults(), layer)
         policy_name, policy = _choose("policy", values["policy"], self.registries.policies)
+        stages = {key: self._stage(key, values[key]) for key in STAGE_KEYS if key in values and values[key].raw}
+        if stages:
+            policy = self._with_stages(policy_name, stages, values)
         workload_name, workload = _choose("workload", values["workload"], self.registries.workloads)
         memory = _memory(
             values["memory"], scale, {f"policy {policy_name}": policy, f"workload {workload_name}": workload}
@@ -212,6 +215,12 @@ class _Resolver:
         if not 0 <= ratio <= 1:
             raise values["fast_ratio"].refuse(f"must be between 0 and 1, not {values['fast_ratio'].raw}")
         run_ps, transactions = _until(values)
+        policy_params = self._parameters("policy", f"policy {policy_name!r}", policy.params, group, layer)
+        if run_ps and run_ps < (needed := policy.min_run_ps(policy_params)):
+            raise values["seconds"].refuse(
+                f"{values['seconds'].raw} is too short for policy {policy_name!r}, which acts for the first time after "
+                f"{exact_time(needed)}; run it for longer, or set what its parameters say when it acts"
+            )
         if transactions and scaled_transactions(transactions, scale) >= 1 << 62:
             raise values["transactions"].refuse("is too large")
         kernel = self._parameters("guest", "the guest kernel", GUEST_PARAMS, group, layer)
@@ -225,7 +234,8 @@ class _Resolver:
         return Tenant(
             vms=integer(values["vms"], 1, MAX_VMS),
             policy=policy_name,
-            policy_params=self._parameters("policy", f"policy {policy_name!r}", policy.params, group, layer),
+            policy_params=policy_params,
+            stages=stages,
             workload=workload_name,
             workload_params=workload_params,
             vcpus=integer(values["vcpus"], 1, MAX_VCPUS),
@@ -238,12 +248,28 @@ class _Resolver:
             files=files,
         )
 
+    def _stage(self, kind: str, given: Given) -> str:
+        name = text(given)
+        fitting = [name for name, stage in self.registries.stages.items() if stage.kind == kind]
+        if name not in fitting:
+            raise given.refuse(unknown(kind, name, fitting))
+        return name
+
+    def _with_stages(self, policy: str, stages: dict[str, str], values: Layer) -> PolicyKind:
+        from guestd.tiering.stage import StageError
+
+        assert self.registries.policy_of is not None
+        try:
+            return self.registries.policy_of(policy, stages)
+        except StageError as error:
+            raise values[next(iter(stages))].refuse(str(error)) from None
+
     def _parameters(
         self, space: str, owner: str, params: tuple[Param, ...], own: Layer, layer: Layer
     ) -> dict[str, Scalar]:
         """Every parameter's value. One set for all groups must fit at least one of them; a group's own must fit it."""
         self.offered[space] |= {param.name for param in params}
-        given = {key.split(".", 1)[1]: value for key, value in layer.items() if _space(key) == space}
+        given = {key.split(".", 1)[1]: value for key, value in layer.items() if space_of(key) == space}
         names = {param.name for param in params}
         for name, value in given.items():
             if name not in names and f"{space}.{name}" in own:
@@ -254,106 +280,6 @@ class _Resolver:
             param.name: parameter(param, given[param.name]) if param.name in given else param.default
             for param in params
         }
-
-
-def _read(path: Path) -> tuple[Layer, list[Layer], Given | None]:
-    """Top level, groups and resolved costs of a spec file."""
-    try:
-        data = tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        near = [entry.name for entry in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise SpecError(f"{path}: " + unknown("spec file", path.name, near)) from None
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SpecError(f"{path}: not a text file in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{path}: not valid TOML: {error}") from None
-    costs = data.pop("costs", None)
-    tables = data.pop("group", [{}])
-    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-        raise SpecError(f"{path.name}: group: write each group of VMs as a [[group]] table")
-    top = _layer(data, f"{path.name}: ", path.parent, (*RUN_KEYS, *GROUP_KEYS), _SPACES)
-    groups = []
-    for number, table in enumerate(tables, 1):
-        where = f"{path.name}: group {number}: "
-        for key in table:
-            if key in RUN_KEYS:
-                raise SpecError(f"{where}{key}: belongs to the whole run; put it above the first [[group]]")
-        groups.append(_layer(table, where, path.parent, GROUP_KEYS, _GROUP_SPACES))
-    return top, groups, None if costs is None else Given(costs, f"{path.name}: costs", path.parent)
-
-
-def _layer(table: dict[str, Any], where: str, base: Path, keys: Sequence[str], spaces: Sequence[str]) -> Layer:
-    layer: Layer = {}
-    for key, value in table.items():
-        if key == "set":
-            if not isinstance(value, dict):
-                raise SpecError(f"{where}set: must be a table, e.g. set.workload.layout = ...")
-            for name, raw in _flatten(value):
-                layer[_setting(name, where + "set: ", spaces)] = Given(raw, f"{where}set.{name}", base)
-        elif key not in keys:
-            raise SpecError(where + unknown("key", key, (*keys, "set", "group")))
-        else:
-            layer[key] = Given(value, where + key, base)
-    return _one_end(layer)
-
-
-def _flatten(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """``{"policy": {"a": 1}}`` and ``{"policy.a": 1}`` alike."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _flags(flags: Mapping[str, object]) -> Layer:
-    given = {key: value for key, value in flags.items() if value is not None}
-    return _one_end({key: Given(value, "--" + key.replace("_", "-"), Path()) for key, value in given.items()})
-
-
-def _settings(settings: Sequence[str]) -> Layer:
-    layer: Layer = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise SpecError(f"--set {setting}: write key=value, e.g. --set workload.layout=scattered")
-        layer[_setting(key.strip(), "--set ", _SPACES)] = Given(value.strip(), f"--set {key.strip()}", Path())
-    return layer
-
-
-def _setting(name: str, where: str, spaces: Sequence[str]) -> str:
-    space, dot, key = name.partition(".")
-    if space not in spaces:
-        if space in _SPACES:
-            raise SpecError(f"{where}{name}: belongs to the whole run; put it above the first [[group]]")
-        raise SpecError(where + unknown("set of parameters", space, spaces) + f" (write {spaces[0]}.KEY)")
-    if not dot or not key:
-        raise SpecError(f"{where}{name}: name a parameter, {space}.KEY")
-    return name
-
-
-def _one_end(layer: Layer) -> Layer:
-    if all(key in layer for key in _UNTIL):
-        raise layer["transactions"].refuse("a run ends after seconds or after transactions; give one of them")
-    return layer
-
-
-def _overlay(*layers: Layer) -> Layer:
-    """Later layers over earlier ones; seconds and transactions displace each other."""
-    merged: Layer = {}
-    for layer in layers:
-        if any(key in layer for key in _UNTIL):
-            for key in _UNTIL:
-                merged.pop(key, None)
-        merged |= layer
-    return merged
-
-
-def _space(key: str) -> str:
-    """``policy`` of ``policy.scan_period``; empty for a plain key."""
-    return key.partition(".")[0] if "." in key else ""
 
 
 def _defaults() -> Layer:

@@ -98,7 +98,7 @@ def vm_entry(guest: GuestConfig, report: Mapping[str, Any] | None, outcome: str)
     """
     entry: dict[str, Any] = {
         "id": guest.vm,
-        "policy": guest.policy,
+        "policy": guest.policy_label,
         "workload": guest.workload,
         "vcpus": guest.vcpus,
         "memory": {

@@ -43,7 +43,7 @@ from guestd.pml import P_ON, flush_at_exit
 from guestd.report import Snapshot, build_report
 from guestd.threads import Threads
 from guestd.tiering.policy import Tiering
-from guestd.tiering.registry import policies
+from guestd.tiering.registry import policy_of
 from guestd.vcpu import (
     AGENT,
     CLOCK,
@@ -88,7 +88,7 @@ class Guest:
         self.memory = memory
         self._ept_fault = ept_fault
         self._threads = threads
-        self.policy = policies()[config.policy]
+        self.policy = policy_of(config.policy, config.stages)
         params = resolve(self.policy.params, config.policy_params)
         self.workload = workloads()[config.workload].create(config)
         host_side = self.policy.view == "host"

@@ -45,6 +45,21 @@ MIGRATE_BATCH = 512
 
 
 @metered
+def _pages_at(table_gva: Words, addresses: Words, out: Words) -> None:
+    """The page of each address by its leaf table, -1 where there is no table."""
+    for i in range(addresses.size):
+        table = np.searchsorted(table_gva, addresses[i], side="right") - 1
+        inside = table >= 0 and addresses[i] - table_gva[table] < TABLE_PAGES << PAGE_SHIFT
+        out[i] = (table << TABLE_SHIFT) | ((addresses[i] - table_gva[table]) >> PAGE_SHIFT) if inside else -1
+
+
+@metered
+def _addresses(table_gva: Words, pages: Words, out: Words) -> None:
+    for i in range(pages.size):
+        out[i] = table_gva[pages[i] >> TABLE_SHIFT] + ((pages[i] & (TABLE_PAGES - 1)) << PAGE_SHIFT)
+
+
+@metered
 def _protect(gpt: Words, pde: Pdes, half: int, first: int, count: int) -> tuple[int, int, int]:
     """Put slow units under PROT_NONE: (pages changed, huge pages among them, entries visited)."""
     changed = huge = visited = 0
@@ -142,6 +157,17 @@ class GuestView(PageView):
         self._events = events
         self._ept_fault = ept_fault
         self.flush = TlbFlush(machine, config.kernel, config.costs, meter)
+
+    def pages_at(self, addresses: Words) -> Words:
+        out = np.empty(addresses.size, np.int64)
+        _pages_at(self.meter.book, self._machine.table_gva, addresses, out)
+        self.meter.charge(self.costs.scan_pte_ps * self._kernel.page_table_levels * addresses.size)
+        return out
+
+    def addresses(self, pages: Words) -> Words:
+        out = np.empty(pages.size, np.int64)
+        _addresses(self.meter.book, self._machine.table_gva, pages, out)
+        return out
 
     def page_range(self, start: int, end: int) -> tuple[int, int]:
         low, high = np.searchsorted(self._machine.table_gva, (start, end))

@@ -19,7 +19,7 @@ from guestd.jit import inline, kernel
 from guestd.meter import metered
 from guestd.pml import Pml, set_dirty
 from guestd.pmu import Pmu
-from guestd.tiering.policy import Sampling
+from guestd.tiering.policy import FAST_MISS, LOAD_LATENCY, STORES, Sampling
 from guestd.vcpu import DS_FAULT, DS_INDEX, RANDOM, TAG_LEFT
 from proto.arrays import Bytes, Words
 from proto.costs import Costs
@@ -49,8 +49,6 @@ FORMAT_SIZE_SHIFT = 48
 LARGE_PEBS_RESERVE = 8
 """Records left free when large PEBS interrupts (ds.c, pebs_update_threshold: 8 counters)."""
 
-LOAD_LATENCY, FAST_MISS, SLOW_MISS, STORES = 0, 1, 2, 3
-"""Numbers of the events, and of the counters that count them: a record's `applicable_counters` is 1 << number."""
 EVENT_NAMES = ("load_latency", "fast_miss", "slow_miss", "stores")
 EVENTS = len(EVENT_NAMES)
 

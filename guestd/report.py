@@ -65,7 +65,7 @@ def build_report(guest: Guest) -> dict[str, Any]:
     report: dict[str, Any] = {
         "id": config.vm,
         "name": config.name,
-        "policy": config.policy,
+        "policy": config.policy_label,
         "workload": config.workload,
         "vcpus": config.vcpus,
         "memory": {

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from guestd.meter import STAGES
-from guestd.tiering.registry import policies
+from guestd.tiering.registry import policy_of
 from hostd.contention import Contention
 from hostd.errors import RefusedMessage
 from hostd.pebs_buffer import PebsLeak
@@ -63,7 +63,7 @@ class HostCore:
     def attach(self, vm: int, memory: VmMemory) -> None:
         """VM ``vm`` has its memory."""
         config = self._guests[vm]
-        self.vms[vm] = Vm(config, policies()[config.policy], memory)
+        self.vms[vm] = Vm(config, policy_of(config.policy, config.stages), memory)
         if self._config.kernel.pebs == "shared" and self._leak is None:
             self._leak = PebsLeak(list(self._guests.values()), memory.pebs)
 

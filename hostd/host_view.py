@@ -284,6 +284,13 @@ class HostView(PageView):
         self._busy(np.repeat(times, TABLE_PAGES), frames.astype(np.int64), places)
         self.meter.charge(each)
 
+    def pages_at(self, addresses: Words) -> Words:
+        pages = addresses >> PAGE_SHIFT
+        return np.where((pages >= 0) & (pages < self.pages), pages, -1)
+
+    def addresses(self, pages: Words) -> Words:
+        return pages << PAGE_SHIFT
+
     def page_range(self, start: int, end: int) -> tuple[int, int]:
         first = min(start >> PAGE_SHIFT, self.pages)
         return first, min(end >> PAGE_SHIFT, self.pages) - first

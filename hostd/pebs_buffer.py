@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from guestd.params import resolve
-from guestd.tiering.registry import policies
+from guestd.tiering.registry import policy_of
 from proto.arrays import Words
 from proto.config import GuestConfig
 from proto.units import PAGE_SIZE
@@ -23,7 +23,7 @@ class PebsLeak:
         self._areas: dict[int, Words] = {}
         area = buffer.size // sum(guest.vcpus for guest in guests)
         for guest in guests:
-            policy = policies()[guest.policy]
+            policy = policy_of(guest.policy, guest.stages)
             sampling = policy.sampling(resolve(policy.params, guest.policy_params))
             if sampling is not None:
                 words = sampling.record_bytes // 8

@@ -119,6 +119,13 @@ class GuestConfig(Struct, frozen=True):
     """File to which the guest appends its log lines; empty = none."""
     events_path: str
     """File to which the guest appends `proto.events.EVENT` records; empty = none."""
+    stages: dict[str, str] = {}
+    """Stages of the policy that were exchanged: tracker, classifier or migrator -> name."""
+
+    @property
+    def policy_label(self) -> str:
+        """The policy's name, and those of the stages that it has instead of its own."""
+        return "+".join([self.policy, *self.stages.values()])
 
 
 def pebs_buffer_bytes(guests: Iterable[GuestConfig]) -> int:

@@ -9,17 +9,17 @@ memory, which needs no free frame and wakes no reclaim. Wherever paper (SOSP'25,
 
 import numpy as np
 
-from guestd.meter import CLASSIFY, MIGRATE
 from guestd.mm.nodes import FAST, SLOW, WMARK_HIGH
 from guestd.params import Param
-from guestd.tiering.policy import RECORD_GROUPS, Params, Policy, Sampling, Tiering
+from guestd.tiering.policy import RECORD_GROUPS, STORES, Params, Policy, Sampling
 from guestd.tiering.range_tree import COUNT, END, START, RangeTree
+from guestd.tiering.stage import SAMPLES, Classifier, Evidence, Migrator, Stage, Tracker, composed
 from guestd.tiering.view import PageView
 from proto.arrays import Words
 from proto.counters import C
 from proto.units import PAGE_SHIFT, PS_PER_MS
 
-PARAMS = (
+TRACKER_PARAMS = (
     Param("event", "load-latency", "", "loads that are sampled: above a latency threshold, or LLC misses of each tier",
           "paper 3.2.2: load latency, which is blind to the media", ("load-latency", "llc-miss")),
     Param("load_period", 4093, "events", "such loads per record (of LLC misses: of each tier)", "paper 3.2.2", (),
@@ -31,6 +31,9 @@ PARAMS = (
           "arch/x86/events/intel/ds.c, pebs_update_threshold"),
     Param("record", "memory", "", "record groups beside the basic one", "SDM vol. 3, 20.9.2 (adaptive PEBS)",
           tuple(RECORD_GROUPS)),
+)  # fmt: skip
+
+RANKING_PARAMS = (
     Param("epoch_ms", 500, "ms", "time between splits (t_split)", "paper 3.2.1", (), 1, 60_000),
     Param("tau_split", 15, "samples", "unit of significance, per vCPU", "paper 3.2.1", (), 1, 1_000_000),
     Param("alpha", 2, "tau_split", "how far a range must stand out from a neighbour", "paper 3.2.1", (), 1, 1000),
@@ -44,6 +47,9 @@ PARAMS = (
           "each, 1 GiB aligned (released code)", "paper 3.2.1; core.c", ("space", "ram")),
     Param("migrate_on", "epoch", "", "relocate every epoch, or only in epochs with a split once a leaf is smallest",
           "paper 3.2.3; core.c", ("epoch", "split")),
+)  # fmt: skip
+
+SWAP_PARAMS = (
     Param("swap", "batched", "", "flush once per batch (paper) or per page (released code)", "paper 3.2.3; exchange.c",
           ("batched", "pairwise")),
     Param("fill_free", False, "", "also move hot pages into free fast memory", "paper: pure swap"),
@@ -57,10 +63,17 @@ _BETWEEN = 0x6AAA_AAA0_0000
 _GIB = 1 << 30
 
 
-class HyperPlace(Tiering):
-    """See the module."""
+class PebsAtContextSwitch(Tracker):
+    """Records are drained when the sampled task is switched out; no thread of its own, and no interrupt."""
 
     drains_at_context_switch = True
+
+    def on_samples(self, samples: Words) -> None:
+        self.classifier.observe(sampled(self.view, samples))
+
+
+class RangeRanking(Classifier):
+    """A tree of gVA ranges, split where the heat is; the hottest that fit fast memory are hot."""
 
     def __init__(self, view: PageView, params: Params) -> None:
         super().__init__(view, params)
@@ -76,82 +89,101 @@ class HyperPlace(Tiering):
         unit = int(params["tau_split"]) * view.vcpus
         self._margin = int(params["alpha"]) * unit
         self._eligible = unit
+        self._hot: list[tuple[int, int]] = []
+        """(first page, count) of the hot ranges, hottest first, and `_cold` of the others, coldest first."""
+        self._cold: list[tuple[int, int]] = []
+
+    def start(self) -> None:
+        self.schedule("epoch", self.view.now + int(self.params["epoch_ms"]) * PS_PER_MS)
+
+    def _observe(self, evidence: Evidence) -> None:
+        self.tree.record(np.ascontiguousarray(evidence.addresses))
+        self.view.meter.charge(self.view.costs.classify_record_ps * evidence.size)
+
+    def on_timer(self, name: str) -> None:
+        view, params = self.view, self.params
+        self.schedule("epoch", view.now + int(params["epoch_ms"]) * PS_PER_MS)
+        splits = self.tree.advance(
+            self._margin,
+            self._eligible,
+            both_neighbours=params["neighbours"] == "both",
+            decay=bool(params["decay"]),
+            merge_after=int(params["merge_after"]),
+        )
+        view.meter.charge(view.costs.classify_range_ps * self.tree.used)
+        sizes = self.tree.leaves[END] - self.tree.leaves[START]
+        ready = params["migrate_on"] == "epoch" or (splits > 0 and int(sizes.min()) <= int(params["floor_mb"]) << 20)
+        if ready and self.tree.leaves[COUNT].any():
+            self._rank()
+            self.migrator.on_ranking()
+
+    def _rank(self) -> None:
+        """The largest prefix of hot ranges that fits fast memory."""
+        view, leaves = self.view, self.tree.leaves
+        order = self.tree.ranking()
+        spans = [view.page_range(int(leaves[START, leaf]), int(leaves[END, leaf])) for leaf in order]
+        left = int(view.nodes.managed[FAST])
+        prefix = 0
+        for first, count in spans:
+            left -= view.count_mapped(first, count)
+            if left < 0 or leaves[COUNT, order[prefix]] == 0:
+                break
+            prefix += 1
+        self._hot, self._cold = spans[:prefix], spans[: prefix - 1 if prefix else None : -1]
+
+    def _promotions(self, limit: int) -> Words:
+        return self._take(self._hot, SLOW, limit)
+
+    def _demotions(self, need: int) -> Words:
+        return self._take(self._cold, FAST, need)
+
+    def _take(self, spans: list[tuple[int, int]], node: int, limit: int) -> Words:
+        """Units of the ranges that lie on ``node``, until they have ``limit`` pages."""
+        found = [np.zeros(0, np.int64)]
+        for first, count in spans:
+            if limit <= 0:
+                break
+            found.append(self.view.on_node(first, count, node, limit))
+            limit -= int(self.view.sizes(found[-1]).sum())
+        return np.concatenate(found)
+
+    def hot_set(self) -> Words | None:
+        return np.concatenate(
+            [np.zeros(0, np.int64), *(np.arange(n, dtype=np.int64) + first for first, n in self._hot)]
+        )
+
+
+class BalancedSwap(Migrator):
+    """Hot slow pages trade places with cold fast ones, pair by pair, batch by batch."""
+
+    def __init__(self, view: PageView, params: Params) -> None:
+        super().__init__(view, params)
         self._wanted: Words = np.zeros(0, np.int64)
         self._victims: Words = np.zeros(0, np.int64)
         self._relocating = False
         """A batch is scheduled already."""
 
-    def start(self) -> None:
-        self.view.schedule("epoch", self.view.now + int(self.params["epoch_ms"]) * PS_PER_MS)
-
-    def on_samples(self, samples: Words) -> None:
-        with self.view.meter.stage(CLASSIFY):
-            self.tree.record(np.ascontiguousarray(samples[:, 0]))
-            self.view.meter.charge(self.view.costs.classify_record_ps * samples.shape[0])
+    def on_ranking(self) -> None:
+        with self.view.meter.stage(self.books):
+            self._choose()
+            if self._wanted.size and not self._relocating:
+                self._relocate()
 
     def on_timer(self, name: str) -> None:
-        if name == "epoch":
-            self._epoch()
-        else:
-            self._relocating = False
-        if self._wanted.size and not self._relocating:
+        self._relocating = False
+        if self._wanted.size:
             self._relocate()
 
-    def _epoch(self) -> None:
-        view, params = self.view, self.params
-        view.schedule("epoch", view.now + int(params["epoch_ms"]) * PS_PER_MS)
-        with view.meter.stage(CLASSIFY):
-            splits = self.tree.advance(
-                self._margin,
-                self._eligible,
-                both_neighbours=params["neighbours"] == "both",
-                decay=bool(params["decay"]),
-                merge_after=int(params["merge_after"]),
-            )
-            view.meter.charge(view.costs.classify_range_ps * self.tree.used)
-            sizes = self.tree.leaves[END] - self.tree.leaves[START]
-            ready = params["migrate_on"] == "epoch" or (
-                splits > 0 and int(sizes.min()) <= int(params["floor_mb"]) << 20
-            )
-            if ready and self.tree.leaves[COUNT].any():
-                self._choose()
-
     def _choose(self) -> None:
-        """The largest prefix of hot ranges that fits fast memory; its slow pages, and as many cold fast ones."""
         view = self.view
-        order = self.tree.ranking()
-        spans = [
-            view.page_range(int(self.tree.leaves[START, leaf]), int(self.tree.leaves[END, leaf])) for leaf in order
-        ]
-        capacity = int(view.nodes.managed[FAST])
-        used = 0
-        wanted: list[Words] = []
-        prefix = 0
-        for first, count in spans:
-            mapped = view.count_mapped(first, count)
-            if used + mapped > capacity or self.tree.leaves[COUNT, order[prefix]] == 0:
-                break
-            used += mapped
-            wanted.append(view.on_node(first, count, SLOW, count))
-            prefix += 1
-        self._wanted = np.concatenate(wanted) if wanted else np.zeros(0, np.int64)
-        if self.params["fill_free"] and self._wanted.size:
-            with view.meter.stage(MIGRATE):
-                sizes = view.sizes(self._wanted)
-                moved = view.move(self._wanted, FAST, view.watermark(FAST, WMARK_HIGH))
-                view.counters[C.vmstat__pgpromote_success] += int(sizes[moved].sum())
-                self._wanted = self._wanted[~moved]
-        victims: list[Words] = []
-        need = int(view.sizes(self._wanted).sum())
-        for first, count in reversed(spans[prefix:]):
-            if need <= 0:
-                break
-            found = view.on_node(first, count, FAST, need)
-            victims.append(found)
-            need -= int(view.sizes(found).sum())
-        self._victims = np.concatenate(victims) if victims else np.zeros(0, np.int64)
-        with view.meter.stage(MIGRATE):
-            self._wanted, self._victims = view.match(self._wanted, self._victims)
+        wanted = self.classifier.promotions(int(view.nodes.managed[FAST]))
+        if self.params["fill_free"] and wanted.size:
+            sizes = view.sizes(wanted)
+            moved = view.move(wanted, FAST, view.watermark(FAST, WMARK_HIGH))
+            view.counters[C.vmstat__pgpromote_success] += int(sizes[moved].sum())
+            wanted = wanted[~moved]
+        victims = self.classifier.demotions(int(view.sizes(wanted).sum()))
+        self._wanted, self._victims = view.match(wanted, victims)
 
     def _relocate(self) -> None:
         """Swap one batch; the worker shares its vCPU with the task, so the next one is due as much later."""
@@ -159,13 +191,17 @@ class HyperPlace(Tiering):
         pages = np.cumsum(view.sizes(self._wanted))
         batch = int(np.searchsorted(pages, int(self.params["batch_pairs"]))) + 1
         before = view.now
-        with view.meter.stage(MIGRATE):
-            count = view.exchange(self._wanted[:batch], self._victims[:batch], batched=self.params["swap"] == "batched")
+        count = view.exchange(self._wanted[:batch], self._victims[:batch], batched=self.params["swap"] == "batched")
         view.counters[C.vmstat__pgpromote_success] += count
         self._wanted, self._victims = self._wanted[batch:], self._victims[batch:]
         if self._wanted.size:
             self._relocating = True
-            view.schedule("relocate", view.now + (view.now - before))
+            self.schedule("relocate", view.now + (view.now - before))
+
+
+def sampled(view: PageView, samples: Words) -> Evidence:
+    """The evidence in drained records (int64[n, 5], `Tiering.on_samples`)."""
+    return Evidence(view, addresses=samples[:, 0], writes=samples[:, 3] == 1 << STORES)
 
 
 def _sampling(params: Params) -> Sampling:
@@ -182,22 +218,46 @@ def _sampling(params: Params) -> Sampling:
     )
 
 
-POLICY = Policy(
-    name="hyperplace",
-    summary="PEBS drained at context switch, range tree over gVA, balanced pairwise swap",
-    view="guest",
-    stages={"tracker": "PEBS at context switch", "classifier": "range tree over gVA", "migrator": "balanced swap"},
-    source="seed; Demeter, SOSP'25",
-    create=HyperPlace,
-    params=PARAMS,
+PEBS_AT_CONTEXT_SWITCH = Stage(
+    name="pebs-context-switch",
+    kind="tracker",
+    summary="PEBS records, drained when the sampled task is switched out",
+    source="seed; Demeter, SOSP'25, 3.2.2",
+    create=PebsAtContextSwitch,
+    params=TRACKER_PARAMS,
+    views=("guest",),
+    gives=frozenset({SAMPLES}),
     sampling=_sampling,
-    warm_up={
-        "load_period": 7,
-        "store_period": 50,
-        "epoch_ms": 2,
-        "tau_split": 1,
-        "initial": "ram",
-        "swap": "pairwise",
-        "fill_free": True,
-    },
+    warm_up={"load_period": 7, "store_period": 50},
+)
+RANGE_TREE = Stage(
+    name="range-tree",
+    kind="classifier",
+    summary="address ranges, split where they stand out; the hottest that fit fast memory are hot",
+    source="seed; Demeter, SOSP'25, 3.2.1",
+    create=RangeRanking,
+    params=RANKING_PARAMS,
+    warm_up={"epoch_ms": 2, "tau_split": 1, "initial": "ram"},
+    min_run_ps=lambda params: int(params["epoch_ms"]) * PS_PER_MS,
+)
+BALANCED_SWAP = Stage(
+    name="swap",
+    kind="migrator",
+    summary="hot slow pages trade places with cold fast ones, without a free frame",
+    source="seed; Demeter, SOSP'25, 3.2.3",
+    create=BalancedSwap,
+    params=SWAP_PARAMS,
+    warm_up={"swap": "pairwise", "fill_free": True},
+)
+
+POLICY = composed(
+    Policy(
+        name="hyperplace",
+        summary="PEBS drained at context switch, range tree over gVA, balanced pairwise swap",
+        view="guest",
+        source="seed; Demeter, SOSP'25",
+    ),
+    PEBS_AT_CONTEXT_SWITCH,
+    RANGE_TREE,
+    BALANCED_SWAP,
 )

@@ -186,6 +186,14 @@ class Observations(ABC):
         return int(self.nodes.watermark[node, mark])
 
     @abstractmethod
+    def pages_at(self, addresses: Words) -> Words:
+        """The page at each address (int64[n]), -1 where no table maps any; costs a walk of the page table each."""
+
+    @abstractmethod
+    def addresses(self, pages: Words) -> Words:
+        """Address of each page (int64[n])."""
+
+    @abstractmethod
     def page_range(self, start: int, end: int) -> tuple[int, int]:
         """(first page, count) of the pages at addresses [start, end), which must be multiples of 2 MiB."""
 

@@ -4,10 +4,10 @@ A policy is one file with a module-level `POLICY`; the built-in ones register in
 entry point in the group ``tierfleet.policies`` that names such an object.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,10 @@ Params = dict[str, Scalar]
 RECORD_GROUPS = {"memory": 64, "memory+gpr": 208, "memory+gpr+xmm": 464, "memory+gpr+xmm+lbr": 1232}
 """What a PEBS record holds beside the basic group -> its bytes (adaptive PEBS, SDM vol. 3, 20.9.2: basic 32, memory 32,
 registers 144, XMM 256, 32 LBR entries of 24)."""
+
+
+LOAD_LATENCY, FAST_MISS, SLOW_MISS, STORES = 0, 1, 2, 3
+"""Numbers of the events, and of the counters that count them: a record's `applicable_counters` is 1 << number."""
 
 
 class Sampling(NamedTuple):
@@ -77,7 +81,11 @@ class Tiering:
         return np.full(pages.size, self.view.hint_fault_ps, np.int64)
 
     def on_samples(self, samples: Words) -> None:
-        """PEBS records drained from one vCPU: int64[n, 5] rows (gVA, slow, latency ns, event, time ps)."""
+        """PEBS records drained from one vCPU: int64[n, 5] rows (gVA, slow, latency ns, 1 << event, time ps)."""
+
+    def hot_set(self) -> Words | None:
+        """Pages that it believes hot now (int64[n]), None if it has no such notion; the emulator asks, unbooked."""
+        return None
 
     def on_pressure(self, budget_ps: int) -> None:
         """The fast node is below `reclaim_mark`; work for about ``budget_ps``."""
@@ -90,8 +98,9 @@ class Policy:
     name: str
     summary: str
     view: Literal["guest", "host", "-"]
-    stages: dict[str, str]
     source: str
+    stages: Mapping[str, str] = field(default_factory=dict)
+    """Tracker, classifier and migrator: names of `parts`, or in words where they cannot be exchanged."""
     create: Callable[[PageView, Params], Tiering] = Tiering
     params: tuple[Param, ...] = ()
     min_memory_bytes: int = 16 * MIB
@@ -101,6 +110,12 @@ class Policy:
     """Parameters with which each mechanism acts within milliseconds, for compiling it before a run."""
     places_by_heat: bool = False
     """First touch puts the workload's truly hot pages on the fast node (the oracle)."""
+    defaults: Params = field(default_factory=dict)
+    """Its own defaults for parameters of its stages."""
+    parts: Mapping[Any, Any] = field(default_factory=dict)
+    """The stages that it is composed of (`guestd.tiering.stage.Stage` by kind); empty if they cannot be exchanged."""
+    min_run_ps: Callable[[Params], int] = field(default=lambda params: 0)
+    """Virtual time of a run below which it cannot have acted, by its parameters."""
     fast_share: Fraction | None = None
     """Share of a VM's memory that is fast, in place of the run's `fast_ratio`; None = as the run says. At 1 (0) the VM
     has its whole size in the fast (slow) tier, and no page can be anywhere else."""

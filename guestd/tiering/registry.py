@@ -1,10 +1,12 @@
 """All policies by name: the built-in ones and those that other packages offer."""
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 
 from guestd.tiering import bounds, hyperplace, none, oracle, tpp
 from guestd.tiering.policy import PluginError, Policy
+from guestd.tiering.stage import Stage, with_stages
 
 GROUP = "tierfleet.policies"
 BUILT_IN = (none.POLICY, bounds.ALL_SLOW, bounds.ALL_FAST, oracle.POLICY, tpp.G_TPP, tpp.H_TPP, hyperplace.POLICY)
@@ -28,3 +30,19 @@ def policies() -> dict[str, Policy]:
             raise PluginError(f"{where} is named {policy.name!r}, which there is already; give it another name")
         found[policy.name] = policy
     return found
+
+
+@cache
+def stages() -> dict[str, Stage]:
+    """Name -> stage, of all policies that are composed of stages. Raises PluginError if two stages share a name."""
+    found: dict[str, Stage] = {}
+    for policy in policies().values():
+        for stage in policy.parts.values():
+            if found.setdefault(stage.name, stage) is not stage:
+                raise PluginError(f"policy {policy.name!r} has a stage named {stage.name!r}, which there is already")
+    return found
+
+
+def policy_of(name: str, chosen: Mapping[str, str]) -> Policy:
+    """The policy, with some of its stages exchanged by name. Raises KeyError, and StageError if they do not fit."""
+    return with_stages(policies()[name], {stages()[stage].kind: stages()[stage] for stage in chosen.values()})

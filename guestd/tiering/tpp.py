@@ -1,26 +1,27 @@
 """TPP, as its paper's patch set does it (ASPLOS'23, on Linux 5.15).
 
-Tracking and promotion are one: a scanner in task context puts slow pages under PROT_NONE (256 MB a pass), and the hint
-fault of an *active* page promotes it on the spot, while an inactive page is only marked accessed. kswapd demotes from
-the fast node's LRU lists whenever free memory falls below WMARK_DEMOTE (2 %). The same code over the host's view is
-H-TPP: every young page it ages costs a VM-wide flush, every scanned range is zapped and faults back in.
+Tracking and promotion are coupled: a scanner in task context puts slow pages under PROT_NONE (256 MB a pass), and the
+hint fault of an *active* page promotes it on the spot, while an inactive page is only marked accessed. kswapd demotes
+from the fast node's LRU lists whenever free memory falls below WMARK_DEMOTE (2 %). The same code over the host's view
+is H-TPP: every young page it ages costs a VM-wide flush, every scanned range is zapped and faults back in.
 """
 
 import numpy as np
 
-from guestd.meter import MIGRATE, TASK, TRACK
+from guestd.meter import TASK
 from guestd.mm.kswapd import Kswapd
-from guestd.mm.nodes import FAST, NO_PAGE, WMARK_DEMOTE, WMARK_HIGH
+from guestd.mm.nodes import ACTIVE, FAST, INACTIVE, NO_PAGE, SLOW, WMARK_DEMOTE, WMARK_HIGH
 from guestd.params import Param
-from guestd.tiering.policy import Params, Policy, Tiering
+from guestd.tiering.policy import Params, Policy
+from guestd.tiering.stage import FAULTS, Classifier, Evidence, Migrator, Stage, Tracker, composed
 from guestd.tiering.view import PageView
-from proto.arrays import Ints, Mask, Words
+from proto.arrays import Mask, Words
 from proto.counters import C
 from proto.units import PAGE_SHIFT, PS_PER_MS, PS_PER_S
 
 _MB = 1 << 20
 
-PARAMS = (
+SCAN_PARAMS = (
     Param("scan_size_mb", 256, "MB", "virtual memory put under PROT_NONE per pass", "kernel/sched/fair.c, scan_size",
           (), 1, 65536),
     Param("scan_period_min_ms", 1000, "ms", "shortest time to scan all memory", "kernel/sched/fair.c", (), 1, 600_000),
@@ -31,7 +32,6 @@ PARAMS = (
           "one page more or less then decides for seconds", "kernel/sched/fair.c, update_task_scan_period"),
     Param("private_share", -1.0, "share of faults", "faults on pages that the same task touched last; -1 = 1 / vCPUs",
           "unpublished: threads share all pages alike", (), -1.0, 1.0),
-    Param("active_filter", True, "", "promote only pages on an active list", "TPP 5.3; mm/memory.c of the patches"),
 )  # fmt: skip
 
 MAX_SCAN_WINDOW_MB = 2560
@@ -44,14 +44,11 @@ SKIP = 8
 """Virtual space passed over in one pass, in scan sizes, where nothing was to be changed."""
 
 
-class Tpp(Tiering):
-    """See the module."""
-
-    reclaim_mark = WMARK_DEMOTE
+class HintFaults(Tracker):
+    """The scanner of NUMA balancing, and the faults on what it protected (kernel/sched/fair.c, mm/memory.c)."""
 
     def __init__(self, view: PageView, params: Params) -> None:
         super().__init__(view, params)
-        self._kswapd = Kswapd(view, WMARK_DEMOTE, protect=True)
         self._cursor = 0
         self._scan_pages = int(params["scan_size_mb"]) * _MB >> PAGE_SHIFT
         self._period_min = int(params["scan_period_min_ms"]) * PS_PER_MS
@@ -61,19 +58,18 @@ class Tpp(Tiering):
         self._failed_since_round = 0
 
     def start(self) -> None:
-        self.view.schedule("scan", self.view.now + int(self.params["scan_delay_ms"]) * PS_PER_MS)
+        self.schedule("scan", self.view.now + int(self.params["scan_delay_ms"]) * PS_PER_MS)
 
     def on_timer(self, name: str) -> None:
         """One pass of the scanner, in the task's own context."""
         view = self.view
         began = view.now
         context, view.meter.context = view.meter.context, TASK
-        with view.meter.stage(TRACK):
-            self._pass()
+        self._pass()
         view.meter.context = context
         shortest, longest = self._bounds()
         self._period = min(longest, max(shortest, self._period))
-        view.schedule("scan", began + max(self._period, THROTTLE * (view.now - began)))
+        self.schedule("scan", began + max(self._period, THROTTLE * (view.now - began)))
 
     def _pass(self) -> None:
         left, skip = self._scan_pages, SKIP * self._scan_pages
@@ -87,6 +83,7 @@ class Tpp(Tiering):
             if self._cursor >= self.view.pages:
                 self._cursor = 0
                 self._round_over()
+                self.classifier.end_of_round()
                 return
 
     def _bounds(self) -> tuple[int, int]:
@@ -117,63 +114,148 @@ class Tpp(Tiering):
         view = self.view
         cost = np.full(pages.size, view.hint_fault_ps, np.int64)
         self._faults_since_round += pages.size
-        with view.meter.stage(TRACK):
-            view.counters[C.vmstat__numa_hint_faults] += pages.size
-            view.meter.charge(view.hint_fault_ps * pages.size)
-            frames = view.frames(pages)
-            wanted = view.mark_inactive_accessed(frames) if self.params["active_filter"] else frames != NO_PAGE
+        view.counters[C.vmstat__numa_hint_faults] += pages.size
+        view.meter.charge(view.hint_fault_ps * pages.size)
+        wanted = self.classifier.on_faults(Evidence(view, pages=pages))
         if wanted.any():
-            with view.meter.stage(MIGRATE):
-                self._promote(pages, frames, wanted, cost)
-        with view.meter.stage(TRACK):
-            view.unprotect(pages)
+            self.migrator.on_faults(pages, wanted, cost)
+        view.unprotect(pages)
         return cost
 
-    def _promote(self, pages: Words, frames: Ints, wanted: Mask, cost: Words) -> None:
-        """Migrate the ``wanted`` pages in their faults; adds what that cost each to ``cost``."""
+    def on_failed(self, pages: int) -> None:
+        self._failed_since_round += pages
+
+
+class ActiveLru(Classifier):
+    """The kernel's two lists: a page is hot when it is on the active one at its hint fault."""
+
+    def __init__(self, view: PageView, params: Params) -> None:
+        super().__init__(view, params)
+        self._hot = np.zeros(0, np.int64)
+        """Pages that were found active since they were last asked for, in order of time."""
+
+    def _observe(self, evidence: Evidence) -> None:
+        pages = np.unique(evidence.pages)
+        self._learn(pages[pages >= 0])
+
+    def _on_faults(self, evidence: Evidence) -> Mask:
+        return self._learn(evidence.pages)
+
+    def _learn(self, pages: Words) -> Mask:
+        frames = self.view.frames(pages)
+        wanted = self.view.mark_inactive_accessed(frames) if self.params["active_filter"] else frames != NO_PAGE
+        wanted &= frames != NO_PAGE
+        self._hot = np.concatenate([self._hot, pages[wanted]])
+        return wanted
+
+    def _end_of_round(self) -> None:
+        self.migrator.on_ranking()
+
+    def _promotions(self, limit: int) -> Words:
+        hot = self._hot[np.sort(np.unique(self._hot, return_index=True)[1])]
+        self._hot = self._hot[:0]
+        slow = hot[self.view.nodes_of(hot) == SLOW]
+        return slow[np.cumsum(self.view.sizes(slow)) <= limit]
+
+    def _demotions(self, need: int) -> Words:
+        """From the tail of the inactive list, what was not accessed since it was last looked at."""
         view = self.view
-        candidates = np.flatnonzero(wanted)
-        sizes = view.sizes(pages[candidates])
-        view.counters[C.vmstat__pgpromote_candidate] += int(sizes.sum())
-        before_demoted = view.was_demoted(frames[candidates])
-        view.counters[C.vmstat__pgpromote_candidate_demoted] += int(sizes[before_demoted].sum())
-        before = view.now
-        moved = view.move(pages[candidates], FAST, view.watermark(FAST, WMARK_HIGH), sync=True)
-        promoted = int(sizes[moved].sum())
-        view.counters[C.vmstat__pgpromote_success] += promoted
-        view.counters[C.vmstat__numa_pages_migrated] += promoted
-        view.counters[C.vmstat__pgmigrate_fail_dst_node_full] += int(sizes[~moved].sum())
-        if promoted:
-            cost[candidates[moved]] += (view.now - before) * sizes[moved] // promoted
-        self._failed_since_round += candidates.size - int(moved.sum())
+        cold: list[Words] = []
+        for node_list in (INACTIVE, ACTIVE):
+            frames = view.isolate(FAST, node_list, need)
+            pages = view.pages_of(frames)
+            young = view.test_and_clear_young(pages)
+            view.put_back(frames, young if node_list == INACTIVE else np.zeros(frames.size, np.bool_), young)
+            cold.append(pages[~young])
+            need -= int(view.sizes(cold[-1]).sum())
+            if need <= 0:
+                break
+        return np.concatenate(cold)
+
+    def hot_set(self) -> Words | None:
+        return self.view.active_pages()
+
+
+class InFault(Migrator):
+    """Promotes in the hint fault, demotes by kswapd (mm/migrate.c, numamigrate_isolate_page; mm/vmscan.c)."""
+
+    reclaim_mark: int | None = WMARK_DEMOTE
+
+    def __init__(self, view: PageView, params: Params) -> None:
+        super().__init__(view, params)
+        self._kswapd = Kswapd(view, WMARK_DEMOTE, protect=True)
+
+    def on_faults(self, pages: Words, wanted: Mask, cost_ps: Words) -> None:
+        view = self.view
+        with view.meter.stage(self.books):
+            candidates = np.flatnonzero(wanted)
+            sizes = view.sizes(pages[candidates])
+            view.counters[C.vmstat__pgpromote_candidate] += int(sizes.sum())
+            before_demoted = view.was_demoted(view.frames(pages[candidates]))
+            view.counters[C.vmstat__pgpromote_candidate_demoted] += int(sizes[before_demoted].sum())
+            before = view.now
+            moved = view.move(pages[candidates], FAST, view.watermark(FAST, WMARK_HIGH), sync=True)
+            promoted = int(sizes[moved].sum())
+            view.counters[C.vmstat__pgpromote_success] += promoted
+            view.counters[C.vmstat__numa_pages_migrated] += promoted
+            view.counters[C.vmstat__pgmigrate_fail_dst_node_full] += int(sizes[~moved].sum())
+            if promoted:
+                cost_ps[candidates[moved]] += (view.now - before) * sizes[moved] // promoted
+            self.tracker.on_failed(candidates.size - int(moved.sum()))
 
     def on_pressure(self, budget_ps: int) -> None:
         self._kswapd.run(budget_ps)
 
 
-_STAGES = {
-    "tracker": "NUMA hint faults",
-    "classifier": "active/inactive LRU",
-    "migrator": "in the fault; kswapd demotes",
-}
-_WARM_UP: Params = {"scan_delay_ms": 0, "scan_period_min_ms": 1, "scan_size_mb": 4, "adapt_scan_period": False}
-G_TPP = Policy(
-    name="g-tpp",
-    summary="TPP in the guest's kernel",
-    view="guest",
-    stages=_STAGES,
-    source="TPP, ASPLOS'23; patches on Linux 5.15",
-    create=Tpp,
-    params=PARAMS,
-    warm_up=_WARM_UP,
+HINT_FAULTS = Stage(
+    name="hint-faults",
+    kind="tracker",
+    summary="slow pages are put under PROT_NONE in passes; their faults say who is accessed",
+    source="kernel/sched/fair.c, mm/memory.c",
+    create=HintFaults,
+    params=SCAN_PARAMS,
+    gives=frozenset({FAULTS}),
+    warm_up={"scan_delay_ms": 0, "scan_period_min_ms": 1, "scan_size_mb": 4, "adapt_scan_period": False},
+    min_run_ps=lambda params: int(params["scan_delay_ms"]) * PS_PER_MS,
 )
-H_TPP = Policy(
-    name="h-tpp",
-    summary="the same TPP in the host's kernel, over the EPT",
-    view="host",
-    stages=_STAGES,
-    source="seed; TPP over KVM's MMU notifier",
-    create=Tpp,
-    params=PARAMS,
-    warm_up=_WARM_UP,
+ACTIVE_LRU = Stage(
+    name="active-lru",
+    kind="classifier",
+    summary="a page is hot when the kernel has it on an active list",
+    source="TPP 5.3; mm/memory.c of the patches; mm/swap.c",
+    create=ActiveLru,
+    params=(
+        Param("active_filter", True, "", "promote only pages on an active list", "TPP 5.3; mm/memory.c of the patches"),
+    ),
+)
+IN_FAULT = Stage(
+    name="in-fault",
+    kind="migrator",
+    summary="promotion in the fault; kswapd demotes from the LRU's tail below WMARK_DEMOTE",
+    source="TPP 5.1 to 5.3; mm/migrate.c, mm/vmscan.c of the patches",
+    create=InFault,
+    needs=frozenset({FAULTS}),
+)
+
+G_TPP = composed(
+    Policy(
+        name="g-tpp",
+        summary="TPP in the guest's kernel",
+        view="guest",
+        source="TPP, ASPLOS'23; patches on Linux 5.15",
+    ),
+    HINT_FAULTS,
+    ACTIVE_LRU,
+    IN_FAULT,
+)
+H_TPP = composed(
+    Policy(
+        name="h-tpp",
+        summary="the same TPP in the host's kernel, over the EPT",
+        view="host",
+        source="seed; TPP over KVM's MMU notifier",
+    ),
+    HINT_FAULTS,
+    ACTIVE_LRU,
+    IN_FAULT,
 )

@@ -85,6 +85,15 @@ class PageView(Observations):
         """Whether the page in each frame was demoted before."""
         return (self.nodes.flags[frames] & F_DEMOTED) != 0
 
+    def nodes_of(self, pages: Words) -> Ints:
+        """Node of each page (int32[n]), NO_PAGE where unmapped."""
+        frames = self.frames(pages)
+        return np.where(frames == NO_PAGE, NO_PAGE, frames >= self._half).astype(np.int32)
+
+    def active_pages(self) -> Words:
+        """The units on active lists (int64[n]); for the emulator to look at, not booked."""
+        return self.nodes.page[np.flatnonzero(self.nodes.flags & F_ACTIVE)].astype(np.int64)
+
     # -- changes ------------------------------------------------------------------------------------------------
 
     @abstractmethod

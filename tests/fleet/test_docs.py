@@ -39,7 +39,7 @@ def test_every_policy_has_a_section_with_all_its_parameters(policy: Policy) -> N
 
 def test_a_cell_never_breaks_its_table() -> None:
     param = Param("x", True, "", "either | or", "here")
-    policy = Policy("p", "s", "guest", {"tracker": "t"}, "src", params=(param,))
+    policy = Policy("p", "s", "guest", "src", {"tracker": "t"}, params=(param,))
     row = policies_page([policy]).splitlines()[-1]
     assert row == "| `x` | `true` |  | `true`, `false` | either \\| or | here |"
 

@@ -23,6 +23,10 @@ class Kind:
     view = "-"
     fast_share = None
 
+    @staticmethod
+    def min_run_ps(params: object) -> int:
+        return 0
+
 
 def guest() -> GuestConfig:
     registries = Registries({"none": Kind()}, {"gups": Kind()})

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from fleet import hosts
 from fleet.errors import FleetError, SpecError
 from fleet.experiment import Experiment
-from fleet.spec import GROUP_KEYS, RUN_KEYS, Registries, load
+from fleet.spec import Registries, load
+from fleet.spec_layers import GROUP_KEYS, RUN_KEYS
 from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS, host_kernel
 from guestd.params import Param
 from proto.config import HostKernel
@@ -33,6 +34,10 @@ class Kind:
     min_memory_bytes: int = 16 << 20
     view: str = "guest"
     fast_share: Fraction | None = None
+
+    @staticmethod
+    def min_run_ps(params: object) -> int:
+        return 0
 
 
 SCAN = Param("scan_period", 1000, "ms", "time between two scans", "test", minimum=10, maximum=60_000)

@@ -14,6 +14,7 @@ import numpy as np
 from guestd import mmu_lock, pebs, vcpu
 from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI, REACHED
 from guestd.machine import Machine, S
+from guestd.tiering import policy
 from proto.counters import C
 from proto.entry import (
     ACCESSED,
@@ -318,17 +319,17 @@ class Reference:
         params = self.params
         fired = []
         if kind != STORE:
-            if params[pebs.LOAD_LATENCY]:
+            if params[policy.LOAD_LATENCY]:
                 cpu.tag_left -= 1
                 if cpu.tag_left <= 0:
                     cpu.random = (cpu.random * 1103515245 + 12345) % (1 << 31)
                     cpu.tag_left = 1 + cpu.random // 256 % params[pebs.P_TAG_SPAN]
                     if latency >= params[pebs.P_THRESHOLD_PS]:
-                        fired.append(pebs.LOAD_LATENCY)
+                        fired.append(policy.LOAD_LATENCY)
             if not hit:
-                fired.append(pebs.SLOW_MISS if slow else pebs.FAST_MISS)
+                fired.append(policy.SLOW_MISS if slow else policy.FAST_MISS)
         if kind != LOAD:
-            fired.append(pebs.STORES)
+            fired.append(policy.STORES)
         recorded = False
         for event in fired:
             if not params[event]:

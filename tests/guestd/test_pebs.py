@@ -12,8 +12,8 @@ from guestd import engine, pebs
 from guestd.engine import PMI, REACHED
 from guestd.errors import PebsEptViolation
 from guestd.machine import Machine, S
-from guestd.pebs import LOAD_LATENCY, STORES, Pebs, drain, new_ds_area
-from guestd.tiering.policy import RECORD_GROUPS, Sampling
+from guestd.pebs import Pebs, drain, new_ds_area
+from guestd.tiering.policy import LOAD_LATENCY, RECORD_GROUPS, STORES, Sampling
 from guestd.vcpu import DS_FAULT, DS_INDEX, PEBS_RECORD
 from proto.config import HostKernel
 from proto.costs import Costs

@@ -8,8 +8,9 @@ import pytest
 from fleet.in_process import InProcessFleet
 from guestd.mm.nodes import FAST, SLOW, WMARK_HIGH
 from guestd.params import resolve
-from guestd.tiering.hyperplace import PARAMS, HyperPlace
+from guestd.tiering.hyperplace import POLICY, RangeRanking
 from guestd.tiering.range_tree import COUNT, END, START
+from guestd.tiering.stage import Staged
 from guestd.tiering.view import PageView
 from proto.arrays import Words
 from proto.config import Scalar
@@ -40,8 +41,10 @@ class HandFed:
         self.fleet: InProcessFleet = new_fleet(config)
         guest = until_populated(self.fleet)
         self.view: PageView = guest.view
-        assert isinstance(guest.tiering, HyperPlace)
+        assert isinstance(guest.tiering, Staged)
         self.tiering = guest.tiering
+        assert isinstance(guest.tiering.classifier, RangeRanking)
+        self.tree = guest.tiering.classifier.tree
         self.space = guest.workload.space
 
     def sample(self, pages: Words, times: int) -> None:
@@ -52,14 +55,14 @@ class HandFed:
     def epochs(self, hot: Words, count: int = 1, times: int = 40) -> None:
         for _ in range(count):
             self.sample(hot, times)
-            self.tiering.on_timer("epoch")
+            self.tiering.on_timer("classifier.epoch")
 
     def relocate_all(self) -> None:
         """Whatever the last epoch chose, batch after batch."""
         before = -1
         while before != self.view.counters[C.vmstat__pgexchange_success]:
             before = int(self.view.counters[C.vmstat__pgexchange_success])
-            self.tiering.on_timer("relocate")
+            self.tiering.on_timer("migrator.relocate")
 
     def slow_end(self) -> Words:
         """64 slow pages of one 2 MiB range."""
@@ -67,7 +70,7 @@ class HandFed:
         return table * 512 + np.arange(64)
 
     def leaves(self) -> list[tuple[int, int, int]]:
-        return [(int(leaf[START]), int(leaf[END]), int(leaf[COUNT])) for leaf in self.tiering.tree.leaves.T]
+        return [(int(leaf[START]), int(leaf[END]), int(leaf[COUNT])) for leaf in self.tree.leaves.T]
 
 
 def test_it_finds_the_hot_set_and_beats_first_touch(costs: Costs) -> None:
@@ -80,7 +83,7 @@ def test_it_finds_the_hot_set_and_beats_first_touch(costs: Costs) -> None:
 
 
 def test_the_defaults_are_the_papers() -> None:
-    found = resolve(PARAMS, {})
+    found = resolve(POLICY.params, {})
     assert (found["load_period"], found["load_latency_ns"], found["store_period"]) == (4093, 64, 0)
     assert (found["epoch_ms"], found["tau_split"], found["alpha"], found["floor_mb"]) == (500, 15, 2, 2)
     assert (found["neighbours"], found["decay"], found["initial"]) == ("both", True, "space")
@@ -133,7 +136,7 @@ def test_samples_outside_the_ranges_change_nothing(costs: Costs) -> None:
 def test_counts_are_halved_every_epoch_unless_told_not_to(decay: bool, left: int, costs: Costs) -> None:
     fed = HandFed(costs, decay=decay)
     fed.sample(fed.slow_end()[:1], 80)
-    fed.tiering.on_timer("epoch")
+    fed.tiering.on_timer("classifier.epoch")
     assert sum(count for _, _, count in fed.leaves()) == left
 
 
@@ -141,7 +144,7 @@ def test_a_higher_unit_of_significance_or_margin_splits_less(costs: Costs) -> No
     def splits(**params: Scalar) -> int:
         fed = HandFed(costs, initial="space", **params)
         fed.epochs(fed.slow_end(), 5, times=1)
-        return fed.tiering.tree.used
+        return fed.tree.used
 
     assert splits() > splits(tau_split=100) == 2
     assert splits() > splits(alpha=1000) == 2
@@ -157,8 +160,8 @@ def test_one_neighbour_is_enough_if_told_so(costs: Costs) -> None:
         rows[200:, 0] = fed.space.gva(top[:1])
         for _ in range(3):
             fed.tiering.on_samples(rows)
-            fed.tiering.on_timer("epoch")
-        return fed.tiering.tree.used
+            fed.tiering.on_timer("classifier.epoch")
+        return fed.tree.used
 
     assert splits("one") > splits("both")
 
@@ -168,10 +171,10 @@ def test_idle_ranges_are_merged_unless_told_not_to(costs: Costs) -> None:
     for merge_after in (2, 0):
         fed = HandFed(costs, initial="space", merge_after=merge_after)
         fed.epochs(fed.slow_end(), 8, times=2)
-        grown = fed.tiering.tree.used
+        grown = fed.tree.used
         for _ in range(12):
-            fed.tiering.on_timer("epoch")
-        used.append((grown, fed.tiering.tree.used))
+            fed.tiering.on_timer("classifier.epoch")
+        used.append((grown, fed.tree.used))
     assert 2 <= used[0][1] < used[0][0]
     assert used[1][1] == used[1][0]
 
@@ -200,7 +203,7 @@ def test_relocation_may_wait_for_a_split_down_to_the_smallest_range(costs: Costs
         fed = HandFed(costs, migrate_on=migrate_on, initial="space")
         fed.epochs(fed.slow_end(), 4)
         moved.append(int(fed.view.counters[C.vmstat__pgexchange_success]))
-        assert fed.tiering.tree.used > 2
+        assert fed.tree.used > 2
     assert moved[1] == 0
     fed = HandFed(costs, migrate_on="split")
     fed.epochs(fed.slow_end(), 30, times=200)
@@ -213,7 +216,7 @@ def test_a_batch_is_bounded_and_the_rest_follows(costs: Costs) -> None:
     fed.epochs(fed.slow_end(), DOWN)
     swapped = int(fed.view.counters[C.vmstat__pgexchange_success])
     assert 0 < swapped <= 10 * DOWN
-    fed.tiering.on_timer("relocate")
+    fed.tiering.on_timer("migrator.relocate")
     assert fed.view.counters[C.vmstat__pgexchange_success] == swapped + 10
 
 

@@ -25,8 +25,8 @@ def test_the_built_in_ones_are_there_under_their_own_names() -> None:
     assert {found[name].view for name in ("none", "all-fast", "all-slow", "oracle")} == {"-"}
 
 
-STRANGER = Policy("stranger", "from elsewhere", "guest", {}, "a test")
-USURPER = Policy("none", "takes a name that is taken", "guest", {}, "a test")
+STRANGER = Policy("stranger", "from elsewhere", "guest", "a test")
+USURPER = Policy("none", "takes a name that is taken", "guest", "a test")
 NO_POLICY = {"name": "stranger"}
 
 

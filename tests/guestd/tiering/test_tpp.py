@@ -9,7 +9,8 @@ from fleet.in_process import InProcessFleet, private_memory
 from guestd.mm.nodes import FAST, SLOW, WMARK_DEMOTE, WMARK_HIGH
 from guestd.params import resolve
 from guestd.tiering.registry import policies
-from guestd.tiering.tpp import PARAMS, THROTTLE, Tpp
+from guestd.tiering.stage import Staged
+from guestd.tiering.tpp import G_TPP, THROTTLE
 from guestd.tiering.view import PageView
 from hostd.vm import Vm
 from proto.arrays import Words
@@ -34,7 +35,7 @@ class Populated:
         )
         guest = until_populated(self.fleet)
         self.view: PageView = guest.view
-        assert isinstance(guest.tiering, Tpp)
+        assert isinstance(guest.tiering, Staged)
         self.tpp = guest.tiering
 
     def make_room(self, count: int) -> None:
@@ -182,7 +183,7 @@ def test_scanning_takes_no_more_than_its_share_of_time(costs: Costs) -> None:
 
 
 def test_the_parameters_are_the_kernels(costs: Costs) -> None:
-    found = resolve(PARAMS, {})
+    found = resolve(G_TPP.params, {})
     assert found["scan_size_mb"] == 256
     assert (found["scan_period_min_ms"], found["scan_period_max_ms"], found["scan_delay_ms"]) == (1000, 60_000, 1000)
     assert found["active_filter"] is True
