@@ -62,12 +62,17 @@ def policies_page(policies: Sequence[Policy] = BUILT_IN) -> str:
 
 def _section(policy: Policy) -> str:
     share = [] if policy.fast_share is None else [f"- fast share of memory: {policy.fast_share}, whatever the run says"]
+    stages = [f"- {kind}: `{stage.name}`, {stage.summary} ({stage.source})" for kind, stage in policy.parts.items()]
+    unpublished = [f"`{param.name}`" for param in policy.params if param.source.startswith("unpublished")]
     parts = [
         f"\n## {policy.name}\n",
         f"{policy.summary}. Source: {policy.source}.\n",
         f"- view: {_VIEWS[policy.view]}",
         *share,
-        *(f"- {stage}: {what}" for stage, what in policy.stages.items() if what != "-"),
+        *(stages or (f"- {stage}: {what}" for stage, what in policy.stages.items() if what != "-")),
+        *([f"- never published, so chosen here: {', '.join(unpublished)}"] if unpublished else []),
+        *([f"- left out: {policy.left_out}"] if policy.left_out else []),
+        *([f"- need not beat random placement: {policy.no_gain}"] if policy.no_gain else []),
         "",
     ]
     if not policy.params:

@@ -89,6 +89,13 @@ class InProcessFleet:
         report = msgspec.json.encode(self.guests[vm].report())
         self._inbox.extend(self.host.receive(vm, Bye(report=report)))
 
+    def kill(self, vm: int) -> None:
+        """VM ``vm`` is gone without a word, as the host learns from its process's end."""
+        self._inbox = deque((to, message) for to, message in self._inbox if to != vm)
+        for to, message in self.host.lost(vm, "killed", "killed"):
+            if to != vm:
+                self._inbox.append((to, message))
+
     def run(self) -> HostCore:
         """Run to the end; the host's core has the reports."""
         while self.step():

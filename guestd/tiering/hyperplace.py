@@ -256,6 +256,7 @@ POLICY = composed(
         summary="PEBS drained at context switch, range tree over gVA, balanced pairwise swap",
         view="guest",
         source="seed; Demeter, SOSP'25",
+        left_out="the blacklist of pages that failed to move, file pages, the duty-cycle throttle (off by default)",
     ),
     PEBS_AT_CONTEXT_SWITCH,
     RANGE_TREE,

@@ -108,6 +108,10 @@ class Policy:
     """What the policy asks of the guest's PMU."""
     warm_up: Params = field(default_factory=dict)
     """Parameters with which each mechanism acts within milliseconds, for compiling it before a run."""
+    left_out: str = ""
+    """What of the published design is not here, in words."""
+    no_gain: str = ""
+    """Why it need not beat random placement on a static hot set; empty = it must (tests/guestd/tiering)."""
     places_by_heat: bool = False
     """First touch puts the workload's truly hot pages on the fast node (the oracle)."""
     defaults: Params = field(default_factory=dict)

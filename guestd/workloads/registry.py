@@ -2,10 +2,10 @@
 
 from functools import cache
 
-from guestd.workloads import bfs, btree, gups, pagerank, scan, silo, trace
+from guestd.workloads import bfs, btree, gups, idle, pagerank, scan, silo, trace
 from guestd.workloads.base import WorkloadType
 
-_ALL = (gups.TYPE, scan.TYPE, btree.TYPE, silo.TYPE, pagerank.TYPE, bfs.TYPE, trace.TYPE)
+_ALL = (gups.TYPE, scan.TYPE, idle.TYPE, btree.TYPE, silo.TYPE, pagerank.TYPE, bfs.TYPE, trace.TYPE)
 
 
 @cache

@@ -7,12 +7,19 @@ import msgspec
 import numpy as np
 import pytest
 
+from fleet.errors import SpecError
+from fleet.in_process import InProcessFleet
+from fleet.spec import load
+from guestd.guest import Guest
 from guestd.params import resolve
 from guestd.tiering.policy import Policy, Tiering
 from guestd.tiering.registry import policies
+from proto.arrays import Words
 from proto.costs import Costs
+from proto.counters import C
 from proto.messages import Bye, Stop
-from tests.small_fleet import check_memory, new_fleet, run_fleet, small_guest, without_measured
+from proto.units import PS_PER_MS
+from tests.small_fleet import check_memory, new_fleet, run_fleet, small_guest, until_populated, without_measured
 
 NAMES = sorted(policies())
 
@@ -20,6 +27,17 @@ NAMES = sorted(policies())
 @pytest.fixture(params=NAMES)
 def policy(request: pytest.FixtureRequest) -> Policy:
     return policies()[request.param]
+
+
+def _moved(fleet: InProcessFleet) -> int:
+    """Bytes migrated so far, by guest and host."""
+    guest, vm = fleet.guests[0], fleet.host.vms[0]
+    return int(guest.machine.counters[C.bytes__migrated] + vm.counters[C.bytes__migrated])
+
+
+def _accesses(guest: Guest) -> Words:
+    """Accesses so far, fast and slow (int64[2])."""
+    return guest.machine.counters[[C.access__fast, C.access__slow]].copy()
 
 
 def test_no_content_is_lost_and_memory_is_conserved_at_every_barrier(policy: Policy, costs: Costs) -> None:
@@ -74,6 +92,66 @@ def test_cpu_is_booked_to_stages_if_and_only_if_the_policy_manages(policy: Polic
     moved = report["migration"]["promoted_pages"] + report["migration"]["demoted_pages"]
     assert (moved > 0) == (policy.view != "-")
     assert (report["migration"]["bytes"] > 0) == (moved > 0)
+
+
+def test_an_idle_vm_is_left_alone_once_its_watermarks_are_met(policy: Policy, costs: Costs) -> None:
+    config = msgspec.structs.replace(small_guest(costs, policy.name, run_ms=200), workload="idle")
+    fleet = new_fleet(config)
+    until_populated(fleet)
+    moved = []
+    while fleet.step():
+        moved.append(_moved(fleet))
+    settled = len(moved) // 2
+    assert moved[settled] == moved[-1]
+    assert fleet.host.reports[0]["integrity"]["mismatches"] == 0
+
+
+def test_a_static_hot_set_is_placed_better_than_at_random(policy: Policy, costs: Costs) -> None:
+    """Over the end of the run; at random, the fast share of accesses would be that of memory."""
+    if policy.name == "none" or policy.fast_share is not None or policy.no_gain:
+        assert not policy.no_gain or len(policy.no_gain.split()) > 3
+        return
+    fleet = new_fleet(small_guest(costs, policy.name, pages=4096, vcpus=1, run_ms=600))
+    guest = until_populated(fleet)
+    began = guest.now
+    while guest.now < began + 450 * PS_PER_MS:
+        assert fleet.step()
+    before = _accesses(guest)
+    while fleet.step():
+        pass
+    fast, slow = _accesses(guest) - before
+    assert fast / (fast + slow) > guest.config.fast_pages / guest.config.total_pages
+
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
+def test_the_loss_of_a_vm_at_any_point_costs_no_other(policy: Policy, at: float, costs: Costs) -> None:
+    guests = [small_guest(costs, policy.name, vm=vm, seed=5 + vm, run_ms=30) for vm in range(2)]
+    fleet = new_fleet(*guests)
+    steps = 0
+    while new_steps := fleet.step():
+        steps += new_steps
+    fleet = new_fleet(*guests)
+    for _ in range(int(at * steps)):
+        assert fleet.step()
+    fleet.kill(1)
+    host = fleet.run()
+    assert [failure["kind"] for failure in host.failures] == ["killed"]
+    assert host.reports[0]["outcome"] == "ok"
+    assert host.reports[0]["integrity"]["mismatches"] == 0
+
+
+def test_too_little_memory_and_too_short_a_run_are_refused(policy: Policy) -> None:
+    least = policy.min_memory_bytes
+    assert least % (2 << 20) == 0
+    if least > 16 << 20:
+        with pytest.raises(SpecError, match="is too small"):
+            load(None, {"policy": policy.name, "memory": f"{(least >> 20) - 2}MiB"})
+    needed = policy.min_run_ps(resolve(policy.params, {}))
+    memory = f"{max(least, 64 << 20) >> 20}MiB"
+    load(None, {"policy": policy.name, "memory": memory, "seconds": f"{max(1, -(-needed // PS_PER_MS))}ms"})
+    if needed > PS_PER_MS:
+        with pytest.raises(SpecError, match="is too short"):
+            load(None, {"policy": policy.name, "memory": memory, "seconds": f"{needed // PS_PER_MS - 1}ms"})
 
 
 def test_only_a_host_side_policy_asks_for_remote_flushes(policy: Policy, costs: Costs) -> None:

@@ -21,7 +21,7 @@ from tests.guestd.workloads.accesses import new_buffer, populated, take
 
 GENERATORS = sorted(set(workloads()) - {"trace"})
 WHOLE_OPERATIONS = ("btree", "silo", "pagerank", "bfs")
-COLD_PAGES = ("pagerank", "bfs")
+COLD_PAGES = ("pagerank", "bfs", "idle")
 """Some of the memory is written at the start and never again (bfs: what no search reaches)."""
 PARAMS: list[dict[str, Scalar]] = [{}, {"footprint": 0.05}]
 
