@@ -5,12 +5,13 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-cores test-fleet fuzz bench lint format pins clean
+.PHONY: help setup run test test-cores test-fleet fuzz conformance bench lint format pins clean
 
 help:
 	@echo "make run     run examples/quickstart.toml: a table, a figure, and runs/<name>/"
 	@echo "make test    lint, types, tests"
 	@echo "make fuzz    10,000 random programs of the engine against its reference (FUZZ=n for another number)"
+	@echo "make conformance  every policy alone in a 16 GiB guest, and with every workload (takes an hour or so)"
 	@echo "make bench   engine speed, start-up time and memory per guest"
 	@echo "make pins    resolve requirements.txt again (needs pip-tools)"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -52,6 +53,9 @@ test-fleet: $(STAMP)
 FUZZ ?= 10000
 fuzz: $(STAMP)
 	FUZZ_EXAMPLES=$(FUZZ) $(BIN)/pytest -q --timeout 0 tests/guestd/test_engine.py -k reference
+
+conformance: $(STAMP)
+	@$(BIN)/fleet conformance --memory 16GiB --vcpus 4
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks

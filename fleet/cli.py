@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from fleet import __version__
+from fleet.conformance_cli import conformance
 from fleet.errors import FleetError, SpecError
 from fleet.names import unknown
 from fleet.trace.cli import app as trace_app
@@ -40,6 +41,8 @@ app.add_typer(hosts_app, name="hosts")
 app.add_typer(
     trace_app, name="trace", help="Import recorded memory accesses, and look into them.", no_args_is_help=False
 )
+
+app.command()(conformance)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 

@@ -45,7 +45,7 @@ def warm_up(
     total = len(jobs) + ("trace" in workloads) + len(huge_views)
     with tempfile.TemporaryDirectory(prefix="fleet-warm-") as folder:
         if "trace" in workloads:
-            jobs.append(("trace", "none", "trace", {"file": str(_tiny_trace(Path(folder) / "warm.trace"))}))
+            jobs.append(("trace", "none", "trace", {"file": str(tiny_trace(Path(folder) / "warm.trace"))}))
         for done, (label, policy, workload, params) in enumerate(jobs):
             progress(done, total, label)
             _fleet(policy, workload, params, costs, brisk).run()
@@ -137,7 +137,7 @@ def _fleet(
     return InProcessFleet(HostConfig(costs=costs, engine=engine, sample_ps=PS_PER_MS, kernel=kernel), [guest])
 
 
-def _tiny_trace(path: Path) -> Path:
+def tiny_trace(path: Path) -> Path:
     pages = np.arange(64, dtype=np.uint64)
     write_trace(
         path,

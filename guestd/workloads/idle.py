@@ -1,4 +1,5 @@
-"""A VM that does nothing: it has touched its memory once, and lies still but for a heartbeat on one page.
+"""A VM that does nothing: it has touched its memory once, and lies still but for a heartbeat on one line, which
+the last-level cache serves.
 
 What tiering does to such a VM, it does for nothing.
 """
@@ -10,7 +11,7 @@ from guestd.workloads.base import MIB, Buffer, WorkloadType
 from guestd.workloads.scan import Scan
 from proto.arrays import Words
 from proto.config import GuestConfig
-from proto.trace import LOAD
+from proto.trace import LLC_HIT, LOAD
 from proto.units import PAGE_SHIFT
 
 HEARTBEAT_PS = 2_000_000_000
@@ -30,7 +31,7 @@ class Idle(Scan):
 
     def generate(self, vcpu: int, buffer: Buffer) -> int:
         buffer.address[:] = self.first_page << PAGE_SHIFT
-        buffer.kind[:] = LOAD
+        buffer.kind[:] = LOAD | LLC_HIT
         buffer.think_ps[:] = HEARTBEAT_PS
         return buffer.address.size
 

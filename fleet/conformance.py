@@ -1,0 +1,121 @@
+"""`fleet conformance`: what every policy owes, checked on real fleets of any size, for yours as for the built-in ones.
+
+The laws themselves are in tests/guestd/tiering/test_policy.py, where they are checked at every barrier of small guests.
+Here each policy runs with its published parameters in a fleet of its own, and then each with every workload, all in one
+fleet, with parameters that make it act within milliseconds; both through the command line.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fleet.errors import FleetError
+from fleet.experiment import toml_value
+from fleet.warmup import tiny_trace
+from guestd.params import resolve
+from guestd.tiering.policy import Policy
+from guestd.tiering.registry import policies
+from guestd.workloads.registry import workloads
+from proto.units import PS_PER_S
+
+Progress = Callable[[int, int, str], None]
+"""``progress(done, total, label)``"""
+STAGES = ("track", "classify", "migrate")
+
+
+class ConformanceError(FleetError):
+    """A fleet could not be run at all."""
+
+
+class Verdict(NamedTuple):
+    """One policy on its own: the VM's part of summary.json, and the laws that it broke, in words."""
+
+    policy: str
+    vm: dict[str, Any]
+    broken: list[str]
+
+
+def alone(names: Sequence[str], base: dict[str, object], seconds: int, progress: Progress) -> list[Verdict]:
+    """Each policy in a fleet of its own, under GUPS with a static hot set, with published parameters.
+
+    ``base``: keys of a spec (memory, vcpus, ...). It runs for ``seconds``, or twice as long as the policy needs to act.
+    """
+    verdicts = []
+    for done, name in enumerate(names):
+        progress(done, len(names), name)
+        policy = policies()[name]
+        acts_ps = policy.min_run_ps(resolve(policy.params, {}))
+        run_s = max(seconds, -(-2 * acts_ps // PS_PER_S))
+        summary = _run([base | {"policy": name, "workload": "gups", "seconds": run_s}])
+        verdicts.append(_judge(policy, summary, run_s * PS_PER_S >= 2 * acts_ps))
+    progress(len(names), len(names), "")
+    return verdicts
+
+
+def pairs(names: Sequence[str], base: dict[str, object], progress: Progress) -> dict[tuple[str, str], dict[str, Any]]:
+    """(policy, workload) -> its VM's part of summary.json; every pair a VM of one fleet."""
+    with tempfile.TemporaryDirectory(prefix="fleet-conformance-") as folder:
+        trace = tiny_trace(Path(folder) / "small.trace")
+        groups = []
+        for name in names:
+            for workload in workloads():
+                settings: dict[str, object] = {
+                    f"policy.{key}": value for key, value in policies()[name].warm_up.items()
+                }
+                settings |= {"workload.file": str(trace)} if workload == "trace" else {}
+                groups.append(base | {"policy": name, "workload": workload, "set": settings})
+        progress(0, len(groups), f"{len(groups)} VMs")
+        summary = _run(groups)
+        progress(len(groups), len(groups), "")
+    return {(vm["policy"], vm["workload"]): vm for vm in summary["vms"]}
+
+
+def _judge(policy: Policy, summary: dict[str, Any], acted: bool) -> Verdict:
+    (vm,) = summary["vms"]
+    broken = [f"{error['kind']}: {error['message']}" for error in summary["errors"]]
+    if vm["outcome"] != "ok":
+        return Verdict(policy.name, vm, broken or [vm["outcome"]])
+    if vm["integrity"]["mismatches"]:
+        broken.append(f"{vm['integrity']['mismatches']} accesses found another page's content")
+    broken += [f"{tier['name']}: {tier['peak']} of {tier['frames']} frames used"
+               for tier in summary["host"]["tiers"] if tier["peak"] > tier["frames"]]  # fmt: skip
+    modelled, measured = vm["agent_cpu"]["modelled_s"], vm["agent_cpu"]["measured_s"]
+    broken += [f"{stage}: {measured[stage]:.2g} s measured, {modelled[stage]:.2g} s modelled: one of them is nothing"
+               for stage in STAGES if (modelled[stage] > 0) != (measured[stage] > 0)]  # fmt: skip
+    if policy.view == "-" and any(modelled[stage] for stage in STAGES):
+        broken.append("a policy that manages nothing has used CPU")
+    random = vm["memory"]["fast_bytes"] / vm["memory"]["total_bytes"]
+    must_gain = acted and policy.name != "none" and policy.fast_share is None and not policy.no_gain
+    if must_gain and vm["access"]["fast_ratio"] <= random:
+        broken.append(f"fast share of accesses {vm['access']['fast_ratio']:.1%}; at random it would be {random:.1%}")
+    return Verdict(policy.name, vm, broken)
+
+
+def _run(groups: Sequence[dict[str, object]]) -> dict[str, Any]:
+    """The summary of one fleet, run by the command line. Raises ConformanceError with what it said."""
+    with tempfile.TemporaryDirectory(prefix="fleet-conformance-") as folder:
+        spec = Path(folder) / "spec.toml"
+        spec.write_text("".join(_group(group) for group in groups), "utf-8")
+        command = [sys.executable, "-m", "fleet", "run", str(spec), "--json", "--out", str(Path(folder) / "out")]
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+        )
+        if not done.stdout:
+            said = done.stderr.strip().splitlines()
+            raise ConformanceError(said[-1] if said else f"fleet run ended with exit code {done.returncode}")
+        return json.loads(done.stdout)
+
+
+def _group(group: dict[str, object]) -> str:
+    plain = {key: value for key, value in group.items() if key != "set"}
+    settings = group.get("set", {})
+    assert isinstance(settings, dict)
+    lines = [f"{key} = {toml_value(value)}" for key, value in plain.items()]
+    lines += [f'set."{key}" = {toml_value(value)}' for key, value in settings.items()]
+    return "[[group]]\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,103 @@
+"""The command `fleet conformance`: two tables, every policy on its own and every policy with every workload."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from fleet.errors import SpecError
+from fleet.names import unknown
+
+
+def conformance(
+    policy: Annotated[list[str] | None, typer.Argument(help="Only these policies [all]")] = None,
+    *,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Of each policy's own VM")] = "64MiB",
+    vcpus: Annotated[int, typer.Option(metavar="N", help="Of it")] = 2,
+    seconds: Annotated[
+        int, typer.Option(metavar="S", help="Virtual time at least; longer where a policy needs it")
+    ] = 5,
+    pair_memory: Annotated[str, typer.Option(metavar="SIZE", help="Of each VM of the pairs")] = "256MiB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Check what every policy owes, yours and the built-in ones: no page lost, CPU booked, heat found.
+
+    \b
+    Example: one policy, in large guests
+      fleet conformance hyperplace --memory 16GiB --vcpus 4
+    """
+    from fleet.conformance import alone, pairs
+    from guestd.tiering.registry import policies
+
+    names = policy or list(policies())
+    if wrong := [name for name in names if name not in policies()]:
+        raise SpecError(unknown("policy", wrong[0], policies()))
+    with _progress("alone") as progress:
+        verdicts = alone(names, {"memory": memory, "vcpus": vcpus}, seconds, progress)
+    with _progress("with every workload") as progress:
+        table = pairs(names, {"memory": pair_memory, "vcpus": 1, "seconds": 0.2}, progress)
+    bad = {pair: vm for pair, vm in table.items() if vm["outcome"] != "ok" or vm["integrity"]["mismatches"]}
+    if as_json:
+        rows = [{"policy": one.policy, "broken": one.broken, "vm": one.vm} for one in verdicts]
+        grid = [{"policy": key[0], "workload": key[1], "ok": key not in bad, "vm": vm} for key, vm in table.items()]
+        sys.stdout.write(json.dumps({"alone": rows, "pairs": grid}) + "\n")
+    else:
+        _print(verdicts, table, memory, pair_memory)
+    raise typer.Exit(1 if bad or any(one.broken for one in verdicts) else 0)
+
+
+def _print(verdicts: list[Any], table: dict[tuple[str, str], dict[str, Any]], memory: str, pair_memory: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+    console.print(f"each policy alone, GUPS, {memory}:", markup=False)
+    laws = Table(box=None, pad_edge=False)
+    for heading in ("policy", "fast %", "at random %", "CPU, cores", "pages up", "down", "mismatches"):
+        laws.add_column(heading, justify="left" if heading == "policy" else "right")
+    laws.add_column("verdict", overflow="fold")
+    for one in verdicts:
+        vm = one.vm
+        if "access" not in vm:
+            laws.add_row(one.policy, *["-"] * 6, "; ".join(one.broken))
+            continue
+        share = vm["memory"]["fast_bytes"] / vm["memory"]["total_bytes"]
+        laws.add_row(one.policy, f"{100 * vm['access']['fast_ratio']:.1f}", f"{100 * share:.1f}",
+                     f"{vm['agent_cpu']['modelled_cores']:.3f}", str(vm["migration"]["promoted_pages"]),
+                     str(vm["migration"]["demoted_pages"]), str(vm["integrity"]["mismatches"]),
+                     "; ".join(one.broken) or "ok")  # fmt: skip
+    console.print(laws)
+    console.print(
+        f"\nevery policy with every workload, {pair_memory}: mismatches / million accesses checked", markup=False
+    )
+    workloads = list(dict.fromkeys(workload for _, workload in table))
+    grid = Table(box=None, pad_edge=False)
+    for heading in ("policy", *workloads):
+        grid.add_column(heading, justify="left" if heading == "policy" else "right")
+    for policy in dict.fromkeys(policy for policy, _ in table):
+        grid.add_row(policy, *(_cell(table[policy, workload]) for workload in workloads))
+    console.print(grid)
+
+
+def _cell(vm: dict[str, Any]) -> str:
+    if vm["outcome"] != "ok":
+        return str(vm["outcome"])
+    return f"{vm['integrity']['mismatches']} / {vm['integrity']['accesses_checked'] / 1e6:.2f}"
+
+
+@contextmanager
+def _progress(what: str) -> "Iterator[Any]":
+    """A bar on standard error, or a line for each step where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda done, total, label: console.print(f"{what}: {done} of {total} {label}", markup=False)
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total, label: bar.update(task, completed=done, total=total, description=f"{what}: {label}")
