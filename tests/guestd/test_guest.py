@@ -9,6 +9,7 @@ import pytest
 
 from fleet.in_process import InProcessFleet
 from guestd.errors import GuestError
+from guestd.tiering.registry import policies
 from proto.config import EngineConfig, GuestConfig, HostConfig, HostKernel, Scalar
 from proto.costs import Costs
 from proto.entry import FRAME_MASK, FRAME_SHIFT
@@ -118,6 +119,17 @@ def test_the_law_holds_with_the_host_s_threads_at_work(costs: Costs) -> None:
     for name in ("quantum_ps", "slice_ps", "block"):
         halved = run(msgspec.structs.replace(engine, **{name: getattr(engine, name) // 2}))
         assert moved(base, halved, held_ps) == {}, name
+
+
+def test_a_fault_is_told_no_time_past_an_operation_that_waits(costs: Costs) -> None:
+    """Else the host would give away frames that a move which waits for mmu_lock has yet to leave."""
+    host = HostKernel(tdp_mmu=False, swap_pages_per_s=200_000, pml=True, pml_harvest_ps=3 * PS_PER_MS)
+    engine = EngineConfig(quantum_ps=HOST_TICK_MS * PS_PER_MS, slice_ps=PS_PER_MS, block=2048)
+    config = guest_config(costs, "h-tpp", dict(policies()["h-tpp"].warm_up), vcpus=3, host=host, engine=engine,
+                          run_ps=100 * PS_PER_MS)  # fmt: skip
+    _, report = run_guest(config)
+    assert report["migration"]["demoted_pages"] > 100 < report["swap"]["in_pages"]
+    assert report["integrity"]["mismatches"] == 0
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------
