@@ -13,12 +13,12 @@ import numpy as np
 
 from guestd.instructions import ANY, invept
 from guestd.jit import assume, inline, int64, kernel, prefetch
-from guestd.kvm import apply_operation, leave_guest, violation_wait
+from guestd.kvm import apply_operation, leave_guest, operation_due, violation_wait, vm_exit
 from guestd.machine import Machine, S
 from guestd.pebs import P_ON as PMU_ON
 from guestd.pebs import sample
 from guestd.pml import P_ON as PML_ON
-from guestd.pml import flush_log, log_dirty
+from guestd.pml import log_dirty
 from guestd.tlb import (
     MISS,
     TLB_DIRTY,
@@ -114,18 +114,19 @@ def _fill(m: Machine, tlb: Tlb, field: Words, table: int, page: int, gpfn: int, 
 
 
 @kernel
-def _serve_faults(m: Machine, vcpu: int, position: int, now: int, gpfn: int) -> int:
-    """Pay for the faults that were taken before the access at ``position``, which is to gPA ``gpfn``; the time, ps."""
+def _serve_faults(m: Machine, vcpu: int, position: int, now: int, gpfn: int, walked: int) -> int:
+    """Pay for the faults that were taken before the access at ``position``, which is to gPA ``gpfn``; the time, ps.
+
+    ``walked``: what its walk returned, 0 if it needed none.
+    """
     vcpus = m.vcpus
     lost = vcpus.fault_ps[vcpu, position]
     vcpus.ledger[vcpu, vcpus.fault_part[vcpu, position]] += lost
     vcpus.fault_ps[vcpu, position] = 0
     outside = vcpus.exit_ps[vcpu, position]
     if outside != 0:
-        if m.pml.params[PML_ON] != 0:
-            outside += flush_log(m.pml, vcpu)
-        outside += violation_wait(m, now + lost, gpfn)
-        leave_guest(vcpus.field[vcpu], now + lost, outside)
+        outside += violation_wait(m, now + lost, gpfn, walked)
+        outside = vm_exit(m, vcpu, now + lost, outside)
         vcpus.ledger[vcpu, vcpus.exit_part[vcpu, position]] += outside
         vcpus.exit_ps[vcpu, position] = 0
     return lost + outside
@@ -179,7 +180,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
         page = a >> PAGE_SHIFT
         g = gpt[page]
         gpfn = (g & FRAME_MASK) >> FRAME_SHIFT
-        frame = walk_ps = 0
+        frame = walk_ps = walked = 0
         found = look_up_4k(tlb, geometry, page, context)
         if found != MISS:
             frame = (found >> 1 >> TLB_FRAME_SHIFT) & TLB_FRAME_MASK
@@ -236,7 +237,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
 
         if again != 0:
             retries[position] = 0
-            lost = _serve_faults(m, vcpu, position, clock, gpfn)
+            lost = _serve_faults(m, vcpu, position, clock, gpfn, walked)
             clock += lost
             elsewhere += lost
         assume(frame >= 0)
@@ -339,7 +340,7 @@ def _preempted(m: Machine, vcpu: int, now: int, until: int) -> bool:
     if field[OFF_PCPU] == 0:
         field[OFF_PCPU] = 1
         m.counters[C.exit__preempted] += 1
-        leave_guest(field, field[CLOCK], away)
+        away = vm_exit(m, vcpu, field[CLOCK], away)
     field[EXIT_END] = max(field[EXIT_END], until)
     spend(m.vcpus, vcpu, PREEMPTED, away)
     return True
@@ -360,7 +361,7 @@ def run(m: Machine, operations: np.ndarray, until: int) -> int:
             boundary = min(boundary, (now // host_slice_ps + 1) * host_slice_ps)
         next_operation = state[S.OPERATION]
         if next_operation < operations.size:
-            boundary = min(boundary, max(now, operations[next_operation].time_ps))
+            boundary = min(boundary, max(now, operation_due(m, operations[next_operation])))
         for vcpu in range(state[S.TURN], m.vcpus.field.shape[0]):
             if state[S.PCPUS] > 0 and m.vcpus.field[vcpu, IDLE] == 0 and _preempted(m, vcpu, now, boundary):
                 continue
@@ -370,8 +371,11 @@ def run(m: Machine, operations: np.ndarray, until: int) -> int:
                 return reason
         state[S.TURN] = 0
         state[S.NOW] = boundary
-        while next_operation < operations.size and operations[next_operation].time_ps <= boundary:
-            apply_operation(m, operations[next_operation])
+        while next_operation < operations.size:
+            due = operation_due(m, operations[next_operation])
+            if due > boundary:
+                break
+            apply_operation(m, operations[next_operation], due)
             next_operation += 1
         state[S.OPERATION] = next_operation
         if boundary >= until:

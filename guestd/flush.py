@@ -30,7 +30,7 @@ from proto.arrays import Words
 from proto.config import GuestKernel
 from proto.costs import Costs
 from proto.counters import C
-from proto.units import TABLE_PAGES
+from proto.units import PAGE_SHIFT, TABLE_PAGES, TABLE_SHIFT
 
 
 class TlbFlush:
@@ -64,12 +64,19 @@ class TlbFlush:
         if self._kernel.pti:
             counters[C.instr__invpcid_0] += executed
 
-    def range(self, pages: Words) -> None:
-        """flush_tlb_mm_range, or one mmu_gather, of ``pages`` (int64[n]): one request; above the ceiling all."""
-        if pages.size > self._kernel.single_page_flush_ceiling:
+    def range(self, first: int, last: int) -> None:
+        """flush_tlb_mm_range, or one mmu_gather, of pages ``first`` to ``last``: one request; above the ceiling all.
+
+        What counts is the addresses between them, mapped or not.
+        """
+        if self._address_page(last) - self._address_page(first) >= self._kernel.single_page_flush_ceiling:
             self.all()
         else:
-            self.pages(pages, requests=1)
+            self.pages(np.arange(first, last + 1, dtype=np.int64), requests=1)
+
+    def _address_page(self, page: int) -> int:
+        """gVA of ``page``, in pages."""
+        return int(self._machine.table_gva[page >> TABLE_SHIFT] >> PAGE_SHIFT) + page % TABLE_PAGES
 
     def huge(self, head: int) -> None:
         """flush_pmd_tlb_range of the huge page from page ``head`` on.
@@ -80,7 +87,7 @@ class TlbFlush:
         if self._kernel.thp_flush_stride == "2MiB":
             self.pages(np.array([head], np.int64), requests=1)
         else:
-            self.range(np.arange(head, head + TABLE_PAGES, dtype=np.int64))
+            self.range(head, head + TABLE_PAGES - 1)
 
     def _shoot_down(self, requests: int, flush_ps: int) -> int:
         """Have the other vCPUs flush, for ``flush_ps`` a request. Returns the number of IPIs received."""

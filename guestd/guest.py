@@ -12,7 +12,6 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from guestd import engine
 from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI
@@ -32,14 +31,13 @@ from guestd.fault import (
 )
 from guestd.guest_view import EptFaultCall, GuestView
 from guestd.hotness import placement_by_heat
-from guestd.kvm import ept_changed, leave_guest
+from guestd.kvm import ept_changed, vm_exit
 from guestd.machine import S, new_machine
 from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter
 from guestd.mm.khugepaged import Khugepaged
 from guestd.mm.nodes import FAST, WMARK_LOW, new_nodes
 from guestd.params import resolve
 from guestd.perf_events import PerfEvents
-from guestd.pml import P_ON, flush_at_exit
 from guestd.report import Snapshot, build_report
 from guestd.threads import Threads
 from guestd.tiering.policy import Tiering
@@ -64,6 +62,7 @@ from guestd.vcpu import INTERRUPT as IRQ
 from guestd.walk import price_walks
 from guestd.workloads.base import Buffer
 from guestd.workloads.registry import workloads
+from proto.arrays import Bytes, Words
 from proto.config import GuestConfig, launch_ps
 from proto.counters import C
 from proto.entry import FRAME_MASK, FRAME_SHIFT, HUGE, PRESENT, PROTNONE, WRITABLE
@@ -86,7 +85,9 @@ class Guest:
     def __init__(self, config: GuestConfig, memory: VmMemory, ept_fault: EptFaultCall, threads: Threads) -> None:
         self.config = config
         self.memory = memory
-        self._ept_fault = ept_fault
+        self._host_ept_fault = ept_fault
+        self._operations = np.zeros(0, OPERATION)
+        """The host's for this quantum, in order of time; `S.OPERATION` says which is next."""
         self._threads = threads
         self.policy = policy_of(config.policy, config.stages)
         params = resolve(self.policy.params, config.policy_params)
@@ -101,12 +102,12 @@ class Guest:
         self.sampling = self.policy.sampling(params)
         self.machine = new_machine(config, self.workload.space, memory, self.sampling, self.workload.mlp)
         self.meter = Meter()
-        self.perf = PerfEvents(config, self.machine, self.nodes, self.meter, ept_fault, self.sampling)
+        self.perf = PerfEvents(config, self.machine, self.nodes, self.meter, self._ept_fault, self.sampling)
         self._timers: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
         self._events = EventLog(config.events_path, config.vm)
         self.view = GuestView(
-            self.machine, self.nodes, self.meter, config, self._schedule_policy, ept_fault, self._events
+            self.machine, self.nodes, self.meter, config, self._schedule_policy, self._ept_fault, self._events
         )
         # A host-side policy runs in the host; here the guest manages nothing.
         self.tiering = Tiering(self.view, params) if host_side else self.policy.create(self.view, params)
@@ -212,13 +213,13 @@ class Guest:
         )  # fmt: skip
         if self._host_scans:
             ept_changed(machine)
-        operations = np.frombuffer(message.operations, OPERATION)
+        self._operations = np.frombuffer(message.operations, OPERATION)
         while self.now < until and not self.finished:
             target = min(until, self._timers[0][0] if self._timers else FOREVER)
             if self.phase == "run" and self.config.run_ps:
                 target = min(target, self.run_started_ps + self.config.run_ps)
             if target > self.now:
-                reason = self._run(operations, target)
+                reason = self._run(target)
                 if reason == FAULT:
                     self._take_faults()
                 elif reason == PMI:
@@ -256,18 +257,21 @@ class Guest:
 
     # -- vCPU thread --------------------------------------------------------------------------------------------
 
-    def _run(self, operations: npt.NDArray[np.void], until: int) -> int:
+    def _run(self, until: int) -> int:
         """Run the engine until ``until``, a fault or a PMI; generate accesses as they are needed."""
         field, state = self.machine.vcpus.field, self.machine.state
         while True:
-            reason = int(engine.run(self.machine, operations, until))
+            reason = int(engine.run(self.machine, self._operations, until))
             if reason != NEED_ACCESSES:
                 return reason
             vcpu = int(state[S.TURN])
             count = self._generate(vcpu)
             field[vcpu, POSITION], field[vcpu, LENGTH] = 0, count
             if count == 0:
-                field[vcpu, IDLE], field[vcpu, FLUSH_AT_ENTRY] = 1, 0
+                # HLT exits, too.
+                exit_ps = int(vm_exit(self.machine, vcpu, int(field[vcpu, CLOCK]), 0))
+                book(self.machine.vcpus, vcpu, HALTED, exit_ps)
+                field[vcpu, IDLE] = 1
                 if field[:, IDLE].all():
                     self._populated()
 
@@ -293,6 +297,16 @@ class Guest:
         self._events.add(now, "phase", 0, 0, 1)
 
     # -- faults and interrupts ----------------------------------------------------------------------------------
+
+    def _ept_fault(self, time_ps: int, gpfns: Words, write: Bytes) -> Words:
+        """The hypercall. The host takes what it had planned for before ``time_ps`` for done: that is not quite so.
+
+        An operation may wait for mmu_lock, and a vCPU's clock may be past the end of its slice.
+        """
+        pending = int(self.machine.state[S.OPERATION])
+        if pending < self._operations.size:
+            time_ps = min(time_ps, int(self._operations["time_ps"][pending]))
+        return self._host_ept_fault(time_ps, gpfns, write)
 
     def _take_faults(self) -> None:
         machine, config, batch = self.machine, self.config, self._batch
@@ -324,23 +338,16 @@ class Guest:
     def _serve_pmu(self) -> None:
         """A record met an EPT violation, or a buffer is nearly full."""
         vcpu = int(self.machine.state[S.TURN])
-        if exits_ps := self.perf.resolve_violations(vcpu):
-            self._exit(vcpu, EPT_REFAULT, exits_ps)
+        self.perf.resolve_violations(vcpu)
         if self.perf.pmu.interrupt_due(vcpu):
             self._take_pmi(vcpu)
 
-    def _exit(self, vcpu: int, part: int, cost_ps: int) -> None:
-        """A VM exit of ``cost_ps`` that management caused."""
-        field, pml = self.machine.vcpus.field[vcpu], self.machine.pml
-        if pml.params[P_ON]:
-            cost_ps += flush_at_exit(pml, vcpu)
-        leave_guest(field, int(field[CLOCK]), cost_ps)
-        book(self.machine.vcpus, vcpu, part, cost_ps)
-
     def _take_pmi(self, vcpu: int) -> None:
         """Exit, injection, handler; the handler drains the area."""
-        self.machine.counters[[C.pebs__pmi, C.exit__pmi]] += 1
-        self._exit(vcpu, PMI_EXIT, self.config.costs.pmi_guest_ps)
+        machine = self.machine
+        machine.counters[[C.pebs__pmi, C.exit__pmi]] += 1
+        clock = int(machine.vcpus.field[vcpu, CLOCK])
+        book(machine.vcpus, vcpu, PMI_EXIT, int(vm_exit(machine, vcpu, clock, self.config.costs.pmi_guest_ps)))
         self._activate(INTERRUPT, vcpu, self._handle_pmi, vcpu)
 
     def _handle_pmi(self, vcpu: int) -> None:
@@ -394,19 +401,20 @@ class Guest:
 
     def _activate(self, context: int, vcpu: int, function: Callable[..., T], *args: object, at: int = -1,
                      charge_vcpu: bool = True) -> T:  # fmt: skip
-        """Run agent work on the agent's thread; its modelled time is the vCPU's."""
-        meter = self.meter
-        meter.context = context
+        """Run agent work on the agent's thread; its modelled time is the vCPU's, with the exits that it met."""
+        meter, field = self.meter, self.machine.vcpus.field[vcpu]
+        meter.context, meter.outside_ps = context, 0
         self.view.flush.vcpu = vcpu
         began = meter.now = self.now if at < 0 else at
         self.activations += 1
         result = self._threads.on_agent(function, *args)
         if charge_vcpu:
-            field = self.machine.vcpus.field[vcpu]
             if context == KTHREAD:
                 field[KTHREAD_START] = field[CLOCK]
                 field[KTHREAD_END] = field[CLOCK] + meter.now - began
-            book(self.machine.vcpus, vcpu, IRQ if context == INTERRUPT else AGENT, meter.now - began)
+            part = IRQ if context == INTERRUPT else AGENT
+            book(self.machine.vcpus, vcpu, part, meter.now - began - meter.outside_ps)
+            book(self.machine.vcpus, vcpu, EPT_REFAULT, meter.outside_ps)
         return result
 
     def _drain(self, vcpu: int) -> None:

@@ -13,6 +13,7 @@ from guestd.events import EventLog
 from guestd.fault import clear_fresh
 from guestd.flush import TlbFlush
 from guestd.jit import inline
+from guestd.kvm import take_violations
 from guestd.machine import Machine
 from guestd.meter import MIGRATE, TASK, Meter, metered
 from guestd.mm.nodes import FAST, NO_PAGE, Nodes, allocate, give_all_free, give_free
@@ -184,8 +185,8 @@ class GuestView(PageView):
         self.counters[C.vmstat__numa_pte_updates] += changed
         self.counters[C.vmstat__numa_huge_pte_updates] += huge
         if changed:
-            # mmu_gather covers the range from first to last changed page.
-            self.flush.range(np.arange(first, first + count, dtype=np.int64))
+            # flush_tlb_range of all that change_protection looked at (mm/mprotect.c, before mmu_gather in 5.19).
+            self.flush.range(first, first + count - 1)
         return int(changed)
 
     def _flush_young(self, young: int) -> None:
@@ -195,7 +196,8 @@ class GuestView(PageView):
         self.flush.all()
 
     def _flush_dirty(self, pages: Words) -> None:
-        self.flush.range(expand(pages, self.sizes(pages)))
+        leaves = expand(pages, self.sizes(pages))
+        self.flush.range(int(leaves.min()), int(leaves.max()))
 
     def _flush_unmapped(self, pages: Words, sizes: Words, batched: bool) -> None:
         # pmdp_invalidate (mm/pgtable-generic.c) flushes whatever the entry was, and is in no batch.
@@ -217,8 +219,7 @@ class GuestView(PageView):
         missing = frames[(machine.ept[frames] & PRESENT) == 0]
         if missing.size:
             cost = self._ept_fault(self.now, missing, np.ones(missing.size, np.uint8))
-            self.counters[C.exit__ept_violation] += np.count_nonzero(cost)
-            self.meter.charge(int(cost.sum()))
+            self.meter.wait(int(take_violations(machine, self.flush.vcpu, self.now, missing, cost)))
 
     def _gva(self, pages: Words) -> Words:
         return self._machine.table_gva[pages >> TABLE_SHIFT] + ((pages & (TABLE_PAGES - 1)) << PAGE_SHIFT)
@@ -284,7 +285,7 @@ class GuestView(PageView):
         sources = frames.astype(np.int64)
         self._back(np.concatenate([sources, targets]))
         # pmdp_collapse_flush: it is 4 KiB translations that are flushed.
-        self.flush.range(pages)
+        self.flush.range(head, head + TABLE_PAGES - 1)
         _copy_and_map(self.meter.book, machine, self.nodes, pages, sources, targets, 0, self.flush.vcpu)
         _collapse_entries(self.meter.book, self._table, self._pde, head, target)
         give_all_free(self.nodes, np.array([table], np.int64))

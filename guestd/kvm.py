@@ -18,6 +18,7 @@ from guestd.mmu_lock import hold, wait_for
 from guestd.pml import P_ON as PML_ON
 from guestd.pml import flush_log, has_dirty, take_dirty
 from guestd.vcpu import EXIT_END, EXIT_START, FLUSH_AT_ENTRY, HOST_TASK, IDLE, KICK, OFF_PCPU, PML_FULL, spend
+from guestd.walk import COST_MASK, REFS_SHIFT
 from proto.arrays import Words
 from proto.counters import C
 from proto.entry import (
@@ -43,6 +44,19 @@ def leave_guest(field: Words, start_ps: int, duration_ps: int) -> None:
     field[EXIT_START] = start_ps
     field[EXIT_END] = start_ps + duration_ps
     field[FLUSH_AT_ENTRY] = 0
+
+
+@kernel
+def vm_exit(m: Machine, vcpu: int, start_ps: int, duration_ps: int) -> int:
+    """A VM exit of ``vcpu``; returns how long it lasts with what KVM does at each: it empties the log of dirty pages.
+
+    (arch/x86/kvm/vmx/vmx.c, vmx_handle_exit.) Only an exit for a full log has that in its duration already
+    (`guestd.pml.log_dirty`). The caller books it.
+    """
+    if m.pml.params[PML_ON] != 0:
+        duration_ps += flush_log(m.pml, vcpu)
+    leave_guest(m.vcpus.field[vcpu], start_ps, duration_ps)
+    return duration_ps
 
 
 @kernel
@@ -74,10 +88,9 @@ def request_flush(m: Machine, now: int) -> None:
         else:
             kicked = True
             counters[C.exit__kick] += 1
-            exit_ps = state[S.VMEXIT_PS] + (flush_log(m.pml, vcpu) if m.pml.params[PML_ON] != 0 else 0)
             # From now on, not from the clock, which is ahead by what is left of the access that `now` fell into.
-            leave_guest(field, now, exit_ps + state[S.INVEPT_PS])
-            spend(m.vcpus, vcpu, KICK, exit_ps)
+            outside_ps = vm_exit(m, vcpu, now, state[S.VMEXIT_PS] + state[S.INVEPT_PS])
+            spend(m.vcpus, vcpu, KICK, outside_ps - state[S.INVEPT_PS])
         # The vCPU runs nothing until its entry, so the flush of that entry may empty the caches already now.
         field[FLUSH_AT_ENTRY] = 1
         invept(m.vcpus, vcpu, m.walk_geometry, ANY)
@@ -105,15 +118,24 @@ def _notify(state: Words, now: int, first: int, count: int, busy_ps: int) -> Non
 
 
 @kernel
-def violation_wait(m: Machine, now: int, gpfn: int) -> int:
-    """How long an EPT violation of ``gpfn`` at ``now`` waits for notifiers and mmu_lock, ps."""
+def violation_wait(m: Machine, now: int, gpfn: int, walked: int) -> int:
+    """How long an EPT violation of ``gpfn`` at ``now`` waits for notifiers and mmu_lock, ps.
+
+    ``walked``: result of the walk (`guestd.walk.walk`) that meets it each time, or 0 for a write that walks nothing.
+    """
     state, counters = m.state, m.counters
     wait = 0
     if now < state[S.NOTIFIER_UNTIL] and state[S.NOTIFIER_FIRST] <= gpfn < state[S.NOTIFIER_END]:
         wait = state[S.NOTIFIER_UNTIL] - now
-        again = (wait + state[S.EPT_VIOLATION_PS] - 1) // max(1, state[S.EPT_VIOLATION_PS])
+        each = max(1, state[S.EPT_VIOLATION_PS] + (walked & COST_MASK))
+        again = (wait + each - 1) // each
         counters[C.kvm__mmu_retries] += again
         counters[C.exit__ept_violation] += again
+        if walked != 0:
+            counters[C.access__fault_retries] += again
+            counters[C.access__walks] += again
+            counters[C.access__walk_refs] += again * (walked >> REFS_SHIFT)
+            counters[C.access__walk_ps] += again * (walked & COST_MASK)
     pages = state[S.MIGRATING_PAGES]
     one, other = gpfn - state[S.MIGRATING], gpfn - state[S.MIGRATING_TOO]
     if now < state[S.MIGRATING_UNTIL] and (0 <= one < pages or 0 <= other < pages):
@@ -124,6 +146,21 @@ def violation_wait(m: Machine, now: int, gpfn: int) -> int:
         lock_ps = hold(m.mmu_lock, now + wait, state[S.MMU_LOCK_PS])
     counters[C.kvm__mmu_lock_wait_ps] += lock_ps
     return wait + lock_ps
+
+
+@kernel
+def take_violations(m: Machine, vcpu: int, now: int, gpfns: Words, cost_ps: Words) -> int:
+    """EPT violations of ``gpfns`` (int64[n]) that kernel or PMU meet on ``vcpu`` from ``now`` on, in a row, ps in all.
+
+    ``cost_ps``: int64[n], what the host's answer says; 0 for one that came with another, in one page of 2 MiB, and was
+    no violation. The caller books the time.
+    """
+    outside_ps = 0
+    for i in range(gpfns.size):
+        if cost_ps[i] != 0:
+            m.counters[C.exit__ept_violation] += 1
+            outside_ps += cost_ps[i] + violation_wait(m, now + outside_ps, gpfns[i], 0)
+    return vm_exit(m, vcpu, now, outside_ps) if outside_ps != 0 else 0
 
 
 @inline
@@ -208,34 +245,49 @@ def _make_huge(m: Machine, gpfn: int) -> None:
 
 
 @inline
-def _harvest(m: Machine, now: int) -> None:
-    """KVM_GET_DIRTY_LOG (virt/kvm/kvm_main.c): empty all logs, take the bitmap, clear its pages' D bits, flush once."""
+def _harvest(m: Machine, now: int, clear_ps: int) -> None:
+    """KVM_GET_DIRTY_LOG (virt/kvm/kvm_main.c): empty all logs, take the bitmap, clear its pages' D bits, flush once.
+
+    Clearing, which takes ``clear_ps`` a page, is done under mmu_lock.
+    """
     if has_dirty(m.pml):
         request_flush(m, now)
         for vcpu in range(m.vcpus.field.shape[0]):
             spend(m.vcpus, vcpu, PML_FULL, flush_log(m.pml, vcpu))
-        take_dirty(m.pml, m.ept, m.tables.ept_pde)
+        hold(m.mmu_lock, now, clear_ps * take_dirty(m.pml, m.ept, m.tables.ept_pde))
 
 
 @inline
-def apply_operation(m: Machine, operation: Any) -> None:
-    """Execute one `proto.layout.OPERATION` at its time; all vCPUs have run up to it."""
-    now, kind = operation.time_ps, operation.kind
+def operation_due(m: Machine, operation: Any) -> int:
+    """When ``operation`` is executed, ps: what changes the EPT first waits for mmu_lock, to the quantum's end at most.
+
+    The host's thread does not lose that time: what it does next, it had planned for then.
+    """
+    due = operation.time_ps
+    if operation.kind != OP_STALL:
+        due = max(due, min(due + wait_for(m.mmu_lock, due), m.state[S.END_PS]))
+    return int(due)
+
+
+@inline
+def apply_operation(m: Machine, operation: Any, now: int) -> None:
+    """Execute one `proto.layout.OPERATION` at ``now``; all vCPUs have run up to it."""
+    kind = operation.kind
     zapped = 0
     if kind == OP_STALL:
-        field = m.vcpus.field[operation.a]
+        field, lasts = m.vcpus.field[operation.a], operation.b
         if field[EXIT_START] <= now < field[EXIT_END]:
             # Still in an exit: one longer exit, with one entry.
-            field[EXIT_END] = max(field[EXIT_END], now + operation.b)
+            field[EXIT_END] = max(field[EXIT_END], now + lasts)
         else:
-            leave_guest(field, now, operation.b)
-        spend(m.vcpus, operation.a, HOST_TASK, operation.b)
+            lasts = vm_exit(m, operation.a, now, lasts)
+        spend(m.vcpus, operation.a, HOST_TASK, lasts)
         m.counters[C.exit__host_task] += 1
     elif kind == OP_ZAP:
         zapped = _zap_range(m, operation.a, operation.a + operation.b, operation.flags & PROTNONE != 0)
         _notify(m.state, now, operation.a, operation.b, operation.busy_ps)
     elif kind == OP_HARVEST:
-        _harvest(m, now)
+        _harvest(m, now, operation.b)
     elif kind != OP_FLUSH:
         pages = TABLE_PAGES if operation.flags & HUGE != 0 else 1
         zapped = _zap_range(m, operation.a, operation.a + pages, False)

@@ -90,7 +90,8 @@ class Meter:
     """Accounts of one VM's tiering.
 
     ``book``: int64[6], measured ns per stage, current stage, metered calls, clock reading. ``modelled_ps``: int64[4, 3]
-    by context and stage. ``now``: virtual time of the thread at work, ps.
+    by context and stage. ``now``: virtual time of the thread at work, ps; ``outside_ps``: how much of it the host had
+    its vCPU, in exits that the work met.
     """
 
     def __init__(self) -> None:
@@ -99,6 +100,7 @@ class Meter:
         self.modelled_ps = np.zeros((len(CONTEXTS), len(STAGES)), np.int64)
         self.context = KTHREAD
         self.now = 0
+        self.outside_ps = 0
 
     @contextmanager
     def stage(self, stage: int) -> Iterator[None]:
@@ -113,6 +115,11 @@ class Meter:
     def charge(self, ps: int) -> None:
         """Model ``ps`` of work of the current stage; the thread's virtual time moves on."""
         self.modelled_ps[self.context, self.book[CURRENT]] += ps
+        self.now += ps
+
+    def wait(self, ps: int) -> None:
+        """The thread's vCPU is in an exit for ``ps``, which is no work of any stage; its virtual time moves on."""
+        self.outside_ps += ps
         self.now += ps
 
     def measured_s(self) -> dict[str, float]:

@@ -46,8 +46,11 @@ RECORD_BYTES = RECORD.itemsize
 NO_FRAME = -1
 FORMAT_MEMORY = 1 << 0
 FORMAT_SIZE_SHIFT = 48
-LARGE_PEBS_RESERVE = 8
-"""Records left free when large PEBS interrupts (ds.c, pebs_update_threshold: 8 counters)."""
+LARGE_PEBS_RESERVE = 8 + 4
+"""Records left free when large PEBS interrupts: one a counter, of which Ice Lake has 8 general ones and 4 fixed.
+
+(arch/x86/events/intel/ds.c, pebs_update_threshold: all of them do PEBS, PMU_FL_PEBS_ALL.)
+"""
 
 EVENT_NAMES = ("load_latency", "fast_miss", "slow_miss", "stores")
 EVENTS = len(EVENT_NAMES)

@@ -10,13 +10,14 @@ import numpy as np
 from guestd.errors import GuestError, PebsEptViolation
 from guestd.fault import NO_FRAME, clear_fresh
 from guestd.guest_view import EptFaultCall
+from guestd.kvm import take_violations
 from guestd.machine import Machine
 from guestd.meter import TRACK, Meter
 from guestd.mm.nodes import FAST, NO_PAGE, Nodes, allocate
 from guestd.pebs import Pebs
 from guestd.pmu import Pmu
 from guestd.tiering.policy import Sampling
-from guestd.vcpu import CLOCK
+from guestd.vcpu import CLOCK, EPT_REFAULT, book
 from proto.arrays import Words
 from proto.config import GuestConfig
 from proto.counters import C
@@ -58,11 +59,16 @@ class PerfEvents:
                 )
             frames[index] = frame
         if self._config.kernel.ds_prefault and frames.size:
-            missing = frames[(self._machine.ept[frames] & PRESENT) == 0]
-            if missing.size:
-                self._ept_fault(now_ps, missing, np.ones(missing.size, np.uint8))
-            for vcpu in range(self._config.vcpus):
-                self._hold(vcpu, frames[vcpu])
+            for vcpu, mine in enumerate(frames):
+                self._violations(vcpu, now_ps, mine[(self._machine.ept[mine] & PRESENT) == 0])
+                self._hold(vcpu, mine)
+
+    def _violations(self, vcpu: int, now_ps: int, gpfns: Words) -> None:
+        """EPT violations of the buffer of ``vcpu``, on its time."""
+        if gpfns.size:
+            machine = self._machine
+            cost = self._ept_fault(now_ps, gpfns, np.ones(gpfns.size, np.uint8))
+            book(machine.vcpus, vcpu, EPT_REFAULT, int(take_violations(machine, vcpu, now_ps, gpfns, cost)))
 
     def _hold(self, vcpu: int, gpfns: Words) -> None:
         """These pages of a vCPU's buffer hold something from now on."""
@@ -76,22 +82,20 @@ class PerfEvents:
         """int64[vcpus * pages]: frames of the buffers, NO_FRAME for a page that holds nothing yet."""
         return np.where(self._written, self.pmu.frames, NO_FRAME).reshape(-1)
 
-    def resolve_violations(self, vcpu: int) -> int:
-        """Records of ``vcpu`` that met an EPT violation are written after the fault; what its exits took, ps.
+    def resolve_violations(self, vcpu: int) -> None:
+        """Records of ``vcpu`` that met an EPT violation are written after the fault.
 
         Raises PebsEptViolation where the hardware cannot do that.
         """
         gpfns = self.pmu.violations(vcpu)
         if gpfns.size == 0:
-            return 0
+            return
         if self._config.host.pebs == "legacy":
             raise PebsEptViolation(self._config.vm, vcpu, int(gpfns[0]) << PAGE_SHIFT)
-        now_ps = int(self._machine.vcpus.field[vcpu, CLOCK])
-        cost = self._ept_fault(now_ps, gpfns, np.ones(gpfns.size, np.uint8))
+        self._violations(vcpu, int(self._machine.vcpus.field[vcpu, CLOCK]), gpfns)
         self._hold(vcpu, gpfns)
         self.pmu.resolved(vcpu)
-        self._machine.counters[[C.pebs__ept_violations, C.exit__ept_violation]] += gpfns.size
-        return int(cost.sum())
+        self._machine.counters[C.pebs__ept_violations] += gpfns.size
 
     def drain(self, vcpu: int) -> Words:
         """Empty a vCPU's buffer: `Pmu.drain`'s rows. Work of the stage `track`."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from guestd.jit import inline, int64, kernel
+from guestd.jit import inline, int64
 from proto.arrays import Bytes, Words
 from proto.costs import Costs
 from proto.counters import C, Counters
@@ -115,8 +115,12 @@ def has_dirty(pml: Pml) -> bool:
 
 
 @inline
-def take_dirty(pml: Pml, ept: Words, ept_pde: Bytes) -> None:
-    """Move the bitmap to the row that the host reads, and clear the D bits of its pages on either level of the EPT."""
+def take_dirty(pml: Pml, ept: Words, ept_pde: Bytes) -> int:
+    """Move the bitmap to the row that the host reads, and clear the D bits of its pages on either level of the EPT.
+
+    Returns the number of pages.
+    """
+    taken = 0
     for word in range(pml.dirty.shape[1]):
         bits = pml.dirty[0, word]
         if bits != 0:
@@ -127,9 +131,5 @@ def take_dirty(pml: Pml, ept: Words, ept_pde: Bytes) -> None:
                     gpfn = 64 * word + bit
                     ept[gpfn] &= ~DIRTY
                     ept_pde[gpfn >> TABLE_SHIFT] &= ~DIRTY & 0xFF
-
-
-@kernel
-def flush_at_exit(pml: Pml, vcpu: int) -> int:
-    """`flush_log` at an exit that is taken outside compiled code."""
-    return int(flush_log(pml, vcpu))
+                    taken += 1
+    return taken

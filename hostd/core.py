@@ -210,7 +210,7 @@ class HostCore:
             "pinned_bytes": state.pinned_pages * PAGE_SIZE,
         }
         if self._leak is not None:
-            report["pebs"]["foreign_records_visible"] = self._foreign_records[vm]
+            report["pebs"]["foreign_records_visible"] = self._foreign_records.get(vm, 0)
         if state.swap is not None:
             report["swap"] = state.swap.report()
             report["swap"]["in_pages"] -= report["integrity"]["pages_brought_back"]

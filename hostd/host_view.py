@@ -182,8 +182,8 @@ class HostView(PageView):
         KVM_GET_DIRTY_LOG: all vCPUs are kicked, so that their logs are in the bitmap; its pages' D bits are cleared;
         one flush request. Without ``host.pml`` nothing is ever logged.
         """
-        nothing = np.zeros(1, np.int64)
-        self._emit(OP_HARVEST, np.array([self.now], np.int64), nothing, nothing)
+        clear_ps = np.array([self.costs.scan_pte_ps])
+        self._emit(OP_HARVEST, np.array([self.now], np.int64), np.zeros(1, np.int64), clear_ps)
         self.meter.charge(self._request_ps())
 
     def harvest_dirty(self) -> Words:

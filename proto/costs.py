@@ -80,18 +80,8 @@ class Costs(Struct, frozen=True):
     """Full flush of non-global entries (MOV CR3)."""
     invpcid_addr_ps: int
     """INVPCID type 0: one address of one PCID."""
-    invpcid_context_ps: int
-    """INVPCID type 1: one PCID."""
-    invpcid_all_ps: int
-    """INVPCID type 2: all PCIDs, global entries too."""
-    invpcid_all_nonglobal_ps: int
-    """INVPCID type 3: all PCIDs but for global entries."""
-    invvpid_addr_ps: int
-    """INVVPID type 0: one address of one VPID."""
     invvpid_context_ps: int
     """INVVPID type 1: one VPID."""
-    invept_single_ps: int
-    """INVEPT, single context."""
     invept_ps: int
     """INVEPT, global."""
     shootdown_base_ps: int

@@ -78,14 +78,11 @@ class C(IntEnum):
     exit__pml_full = auto()
 
     instr__invlpg = auto()
+    """This group: as executed, and those that Linux and KVM execute for what is emulated. INVPCID types 1 to 3 are for
+    kernel mappings, INVVPID of an address for shadow paging, INVEPT of one context for a root table that is new."""
     instr__invpcid_0 = auto()
-    instr__invpcid_1 = auto()
-    instr__invpcid_2 = auto()
-    instr__invpcid_3 = auto()
     instr__mov_cr3 = auto()
-    instr__invvpid_addr = auto()
     instr__invvpid_ctx = auto()
-    instr__invept_single = auto()
     instr__invept_global = auto()
 
     pebs__records = auto()
@@ -108,7 +105,7 @@ class C(IntEnum):
     time__ept_violation_ps = auto()
     """Exits for gPA frames that the EPT never mapped."""
     time__ept_refault_ps = auto()
-    """Exits for gPA frames that management unmapped."""
+    """Exits for gPA frames that management unmapped, or was the first to touch: its copies, and PEBS records."""
     time__kick_ps = auto()
     """Exits forced by flush requests, with the flush at the entry."""
     time__pmi_exit_ps = auto()

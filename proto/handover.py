@@ -86,7 +86,11 @@ class Pending:
             pebs_bytes=0 if pebs is None else pebs.size,
         )
         fds = [self._fd] if pebs is None else [self._fd, pebs.fd]
-        socket.send_fds(sock, [msgspec.msgpack.encode(handover)], fds)
+        try:
+            socket.send_fds(sock, [msgspec.msgpack.encode(handover)], fds)
+        except OSError:
+            os.close(self._fd)
+            raise
 
     def fileno(self) -> int:
         """Descriptor to poll: readable when the guest mapped its memory, or died."""

@@ -5,6 +5,7 @@ kernel; nothing runs per access in Python. Populating (first touch of the memory
 of its own, so that no figure of the run contains it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,7 +38,7 @@ class Buffer(NamedTuple):
     """int32[n]: compute before the access."""
 
 
-class Workload:
+class Workload(ABC):
     """Base class. ``mlp``: memory-level parallelism, the number of misses that a vCPU overlaps."""
 
     space: AddressSpace
@@ -47,15 +48,15 @@ class Workload:
         """Fill the buffer with the next first touches of ``vcpu``; returns how many, 0 when it has none left."""
         return 0
 
+    @abstractmethod
     def generate(self, vcpu: int, buffer: Buffer) -> int:
         """Fill the buffer with the next accesses of ``vcpu``; returns how many (never 0).
 
         A generator that emits whole operations leaves room that the next one might not fit into; it asks for buffers
         of at least `ROOM`.
         """
-        raise NotImplementedError
 
-    def set_llc(self, share_bytes: int) -> None:
+    def set_llc(self, share_bytes: int) -> None:  # noqa: B027 -- a workload may ignore it
         """Before each quantum: the VM's data has so many bytes of the LLC (guestd/llc.py). What it changes begins with
         the next block that is generated. Cheap when nothing changed; a workload that ignores it never hits."""
 
@@ -87,9 +88,9 @@ class BuiltWorkload(Workload):
     def set_llc(self, share_bytes: int) -> None:
         self.llc.resize(share_bytes)
 
+    @abstractmethod
     def build(self, pages: int) -> int:
         """Go on building until the first ``pages`` touches have been made, or all is built; returns how many have."""
-        raise NotImplementedError
 
     def finish(self) -> None:
         """Build what is left."""

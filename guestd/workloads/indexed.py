@@ -4,6 +4,8 @@ A search descends the stored tree (guestd/workloads/bptree.py). The lines that i
 number of keys there and the slot where it ends, since a binary search with that outcome compares at the same places.
 """
 
+from abc import abstractmethod
+
 import numpy as np
 
 from guestd.jit import inline, int64, kernel, prefetch
@@ -164,12 +166,12 @@ class Indexed(BuiltWorkload):
                                       self.record_bytes, self._scratch))  # fmt: skip
         return min(pages, int(self._touch.known[0]))
 
+    @abstractmethod
     def leaf_heat(self, weight: Words, heat: Words, scratch: Words) -> None:
         """Add to ``heat`` (int64[pages]) what searches touch in leaves and below.
 
         ``weight``: int64[leaves], to be filled with how often each leaf is searched; ``scratch``: int64[STEP_ACCESSES].
         """
-        raise NotImplementedError
 
     def tree_heat(self) -> Words:
         """All that searches touch: int64[pages]."""

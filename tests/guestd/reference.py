@@ -36,6 +36,7 @@ from proto.layout import OP_FLUSH, OP_HARVEST, OP_STALL, OP_SWAP, OP_ZAP
 from proto.trace import LLC_HIT, LOAD, STORE
 from tests.guestd.reference_mmu import Mmu, Tables, frame_of, new_mmu
 
+RETRIED = ("access__fault_retries", "access__walks")
 PARTS = [name.removeprefix("time__").removesuffix("_ps") for name in C.__members__ if name.startswith("time__")]
 
 
@@ -153,13 +154,13 @@ class Reference:
 
     # -- one access ---------------------------------------------------------------------------------------------
 
-    def _translate(self, cpu: ReferenceVcpu, access: Access) -> tuple[int, int] | None:
-        """(frame slot, cost in ps), or None for a fault."""
+    def _translate(self, cpu: ReferenceVcpu, access: Access) -> tuple[int, int, list[int]] | None:
+        """(frame slot, cost in ps, cost of each reference of the walk), or None for a fault."""
         page, write = access.address >> 12, access.kind % LLC_HIT != LOAD
         found = cpu.mmu.look_up(page)
         if found and (found[1] or not write):
             self.counters["access__stlb_hits"] += found[2]
-            return found[0], self.state[S.STLB_HIT_PS] if found[2] else 0
+            return found[0], self.state[S.STLB_HIT_PS] if found[2] else 0, []
         guest, gpfn = self.gpt[page], frame_of(self.gpt[page])
         host = self.ept[gpfn]
         if not guest & PRESENT or guest & PROTNONE or not host & PRESENT:
@@ -197,7 +198,7 @@ class Reference:
         else:
             cpu.mmu.fill(page, frame_of(host), write, guest_huge, ept_huge)
         cpu.spend("stall", access.retries * sum(refs))
-        return frame_of(host), sum(refs)
+        return frame_of(host), sum(refs), refs
 
     def _access(self, cpu: ReferenceVcpu) -> int:
         """The next access of ``cpu``'s queue; REACHED, or why it (or the next) can't be made."""
@@ -207,9 +208,9 @@ class Reference:
         translated = self._translate(cpu, access)
         if translated is None:
             return FAULT
-        slot, walk_ps = translated
+        slot, walk_ps, refs = translated
         if access.retries:
-            self._serve_faults(cpu, access, frame_of(self.gpt[page]))
+            self._serve_faults(cpu, access, frame_of(self.gpt[page]), refs)
         mlp = self.state[S.MLP_Q8]
         slow = int(slot >= self.tables.slow_frames)
         local = int(access.address // 256 == cpu.last_block)
@@ -279,7 +280,7 @@ class Reference:
             self._log(cpu, gpfn, useless=True)
         self.ept[gpfn] |= ACCESSED | DIRTY
 
-    def _serve_faults(self, cpu: ReferenceVcpu, access: Access, gpfn: int) -> None:
+    def _serve_faults(self, cpu: ReferenceVcpu, access: Access, gpfn: int, refs: list[int]) -> None:
         access.retries = 0
         cpu.spend(PARTS[access.fault_part], access.fault_ps)
         if not access.exit_ps:
@@ -287,17 +288,23 @@ class Reference:
         wait, (first, end, until) = 0, self.notifier
         if cpu.clock < until and first <= gpfn < end:
             wait = until - cpu.clock
-            again = -(-wait // self.state[S.EPT_VIOLATION_PS])
-            self.counters["kvm__mmu_retries"] += again
-            self.counters["exit__ept_violation"] += again
+            again = -(-wait // (self.state[S.EPT_VIOLATION_PS] + sum(refs)))
+            for name in ("kvm__mmu_retries", "exit__ept_violation", *(RETRIED if refs else ())):
+                self.counters[name] += again
+            self.counters["access__walk_refs"] += again * len(refs)
+            self.counters["access__walk_ps"] += again * sum(refs)
         if cpu.clock < self.migrating[1] and gpfn in self.migrating[0]:
             wait = max(wait, self.migrating[1] - cpu.clock)
         hold = 0 if self.state[S.TDP_MMU] else self.state[S.MMU_LOCK_PS]
         locked = self._lock(cpu.clock + wait, hold)
         self.counters["kvm__mmu_lock_wait_ps"] += locked
-        outside = access.exit_ps + self._flush_log(cpu) + wait + locked
-        cpu.leave(cpu.clock, outside)
-        cpu.spend(PARTS[access.exit_part], outside)
+        cpu.spend(PARTS[access.exit_part], self._exit(cpu, cpu.clock, access.exit_ps + wait + locked))
+
+    def _exit(self, cpu: ReferenceVcpu, start: int, duration: int) -> int:
+        """A VM exit, at which KVM empties the log; how long it lasts."""
+        duration += self._flush_log(cpu)
+        cpu.leave(start, duration)
+        return duration
 
     def _lock(self, time: int, hold: int) -> int:
         """Wait for mmu_lock, then hold it in whatever is free; the wait."""
@@ -379,7 +386,7 @@ class Reference:
         while True:
             boundary = min(until, *((self.now // length + 1) * length for length in slices))
             if operations:
-                boundary = min(boundary, max(self.now, operations[0].time))
+                boundary = min(boundary, max(self.now, self._due(operations[0])))
             while self.turn < len(self.vcpus):
                 reason = self._slice(self.turn, boundary)
                 if reason != REACHED:
@@ -387,10 +394,16 @@ class Reference:
                 self.turn += 1
             self.turn = 0
             self.now = boundary
-            while operations and operations[0].time <= boundary:
+            while operations and self._due(operations[0]) <= boundary:
+                operations[0].time = self._due(operations[0])
                 self.operate(operations.pop(0))
             if boundary >= until:
                 return REACHED
+
+    def _due(self, op: Operation) -> int:
+        """When it is executed: it waits for mmu_lock first."""
+        wait = self._lock(op.time, 0) if op.kind != OP_STALL else 0
+        return max(op.time, min(op.time + wait, self.end_ps))
 
     def _slice(self, index: int, until: int) -> int:
         cpu = self.vcpus[index]
@@ -421,7 +434,7 @@ class Reference:
         if not cpu.off_pcpu:
             cpu.off_pcpu = True
             self.counters["exit__preempted"] += 1
-            cpu.leave(cpu.clock, away)
+            away = self._exit(cpu, cpu.clock, away)
         cpu.exit = (cpu.exit[0], max(cpu.exit[1], until))
         cpu.spend("preempted", away)
         return True
@@ -432,15 +445,16 @@ class Reference:
         """Execute one host operation."""
         if op.kind == OP_STALL:
             cpu = self.vcpus[op.a]
+            lasts = op.b
             if cpu.exit[0] <= op.time < cpu.exit[1]:
-                cpu.exit = (cpu.exit[0], max(cpu.exit[1], op.time + op.b))
+                cpu.exit = (cpu.exit[0], max(cpu.exit[1], op.time + lasts))
             else:
-                cpu.leave(op.time, op.b)
-            cpu.spend("host_task", op.b)
+                lasts = self._exit(cpu, op.time, lasts)
+            cpu.spend("host_task", lasts)
             self.counters["exit__host_task"] += 1
             return
         if op.kind == OP_HARVEST:
-            self._harvest(op.time)
+            self._harvest(op.time, op.b)
             return
         zapped = 0
         if op.kind == OP_ZAP:
@@ -471,7 +485,7 @@ class Reference:
             self.budget[0][source >= self.tables.slow_frames] -= 4096
             self.budget[1][op.b >= self.tables.slow_frames] -= 4096
 
-    def _harvest(self, now: int) -> None:
+    def _harvest(self, now: int, clear_ps: int) -> None:
         if not self.dirty and not any(cpu.log for cpu in self.vcpus):
             return
         self._request(now)
@@ -480,6 +494,7 @@ class Reference:
         for gpfn in self.dirty:
             self.ept[gpfn] &= ~DIRTY
             self.tables.ept_pde[gpfn // 512] &= ~DIRTY
+        self._lock(now, clear_ps * len(self.dirty))
         self.harvested |= self.dirty
         self.dirty = set()
 
@@ -508,9 +523,8 @@ class Reference:
             if not outside:
                 kicked = True
                 self.counters["exit__kick"] += 1
-                exit_ps = self.state[S.VMEXIT_PS] + self._flush_log(cpu)
-                cpu.leave(now, exit_ps + self.state[S.INVEPT_PS])
-                cpu.spend("kick", exit_ps)
+                invept_ps = self.state[S.INVEPT_PS]
+                cpu.spend("kick", self._exit(cpu, now, self.state[S.VMEXIT_PS] + invept_ps) - invept_ps)
             elif not cpu.idle:
                 cpu.exit = (cpu.exit[0], cpu.exit[1] + self.state[S.INVEPT_PS])
             cpu.flush_at_entry = True

@@ -325,6 +325,8 @@ class Pair:
             elif kind == OP_ZAP and which % 4 == 2:
                 table = frame_of(self.reference.tables.upper[which % len(self.reference.tables.upper)])
                 found.append(Operation(time, kind, 0, table if table > MOVED * 3 else gpfn, 1, hold, busy))
+            elif kind == OP_HARVEST:
+                found.append(Operation(time, kind, b=200_000 * (which % 4)))
             else:
                 found.append(Operation(time, kind, PROTNONE if protnone else 0, gpfn, 1 + which % 3, hold, busy))
         return sorted(found, key=lambda operation: operation.time)

@@ -10,7 +10,7 @@ from guestd.guest import Guest
 from guestd.guest_view import GuestView
 from guestd.meter import KTHREAD, TASK
 from guestd.mm.nodes import FAST, SLOW
-from guestd.vcpu import CLOCK
+from guestd.vcpu import AGENT, CLOCK, EPT_REFAULT, EXIT_END, EXIT_START
 from proto.arrays import Words
 from proto.config import GuestConfig, Scalar
 from proto.costs import Costs
@@ -168,6 +168,24 @@ def test_exchange_trades_places_and_leaves_free_lists_alone(stopped: Stopped) ->
     assert stopped.counted(C.vmstat__pgexchange_success) == 50
     assert stopped.view.exchange(slow, fast, batched=True) == 0, "the slow pages are fast now"
     assert stopped.counted(C.vmstat__pgmigrate_fail) == 100
+
+
+def test_an_ept_violation_of_the_kernel_s_copy_is_an_exit_of_the_vcpu_that_copies(stopped: Stopped) -> None:
+    """It is no work of the agent's."""
+    guest, machine, costs = stopped.guest, stopped.machine, stopped.guest.config.costs
+    pages = stopped.pages(FAST, 3)
+    machine.ept[stopped.view.frames(pages)] &= ~PRESENT
+    ledger, charged = machine.vcpus.ledger.copy(), int(stopped.view.meter.modelled_ps.sum())
+    guest._activate(KTHREAD, 1, stopped.view.move, pages, SLOW, 0)
+    spent = machine.vcpus.ledger - ledger
+    exits = stopped.counted(C.exit__ept_violation)
+    assert exits >= 3, "the sources, and targets that nobody has touched"
+    assert spent[1, EPT_REFAULT] >= exits * costs.ept_violation_ps
+    assert not spent[[0, 2], EPT_REFAULT].any()
+    assert spent[1, AGENT] == int(stopped.view.meter.modelled_ps.sum()) - charged > 3 * costs.migrate_page_ps
+    start, end = machine.vcpus.field[1, [EXIT_START, EXIT_END]]
+    assert end - start == spent[1, EPT_REFAULT], "outside guest mode"
+    assert (machine.vcpus.ledger.sum(axis=1) == machine.vcpus.field[:, CLOCK] - guest.booted_ps).all()
 
 
 def test_page_range_is_the_tables_in_it(stopped: Stopped) -> None:

@@ -9,7 +9,7 @@ from guestd import engine
 from guestd.engine import NEED_ACCESSES, REACHED
 from guestd.machine import Machine, S
 from guestd.mmu_lock import BIN_PS
-from guestd.vcpu import CLOCK, EPT_REFAULT, FLUSH_AT_ENTRY, HOST_TASK, IDLE, KICK
+from guestd.vcpu import CLOCK, EPT_REFAULT, EXIT_START, FLUSH_AT_ENTRY, HOST_TASK, IDLE, KICK
 from proto.costs import Costs
 from proto.counters import C
 from proto.entry import (
@@ -24,7 +24,7 @@ from proto.entry import (
     WRITABLE,
     YOUNG,
 )
-from proto.layout import OP_FLUSH, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP, OPERATION
+from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP, OPERATION
 from proto.trace import STORE
 from proto.units import PS_PER_NS, TABLE_PAGES
 from tests.guestd.machines import SLOTS, bare_machine, small_costs, touch_pages
@@ -32,9 +32,9 @@ from tests.guestd.machines import SLOTS, bare_machine, small_costs, touch_pages
 US = 1000 * PS_PER_NS
 
 
-def mapped(costs: Costs, vcpus: int, pages: int = 16) -> Machine:
+def mapped(costs: Costs, vcpus: int, pages: int = 16, pml: bool = False) -> Machine:
     """Pages 0.. mapped to gPA frames 100.. and those to slots 0..; no vCPU has anything to run."""
-    machine = bare_machine(small_costs(costs), vcpus)
+    machine = bare_machine(small_costs(costs), vcpus, pml=pml)
     for page in range(pages):
         machine.gpt[page] = (100 + page) << FRAME_SHIFT | PRESENT | WRITABLE
         machine.ept[100 + page] = page << FRAME_SHIFT | PRESENT | WRITABLE
@@ -306,10 +306,12 @@ def violation(machine: Machine, page: int) -> None:
     machine.vcpus.exit_ps[0, 0], machine.vcpus.exit_part[0, 0], machine.vcpus.retries[0, 0] = US, EPT_REFAULT, 1
 
 
-def failed_walk(machine: Machine) -> int:
-    """Time of the walk that met the violation, ps: as long as the one that succeeded."""
-    assert machine.counters[C.access__walks] == 2 * machine.counters[C.access__fault_retries] == 2
-    return int(machine.counters[C.access__walk_ps]) // 2
+def failed_walk(machine: Machine, again: int = 0) -> int:
+    """Time of the walk that met the violation, ps: as that of the one that succeeded; ``again`` more failed."""
+    count = machine.counters
+    assert count[C.access__walks] == 1 + count[C.access__fault_retries] == 2 + again
+    assert count[C.access__walk_refs] % (2 + again) == count[C.access__walk_ps] % (2 + again) == 0
+    return int(count[C.access__walk_ps]) // (2 + again)
 
 
 def remap(machine: Machine, gpfn: int) -> None:
@@ -329,12 +331,37 @@ def test_an_ept_violation_in_a_range_under_a_notifier_is_taken_again_until_it_is
     violation(machine, page)
     clock = int(machine.vcpus.field[0, CLOCK])
     run(machine, 60 * US)
-    clock += failed_walk(machine)
-    left = 21 * US - clock
-    outside = int(machine.vcpus.ledger[0, EPT_REFAULT])
-    again = -(-left // costs.ept_violation_ps)
-    assert outside == (left + US if waits else US)
-    assert machine.counters[C.kvm__mmu_retries] == machine.counters[C.exit__ept_violation] == (again if waits else 0)
+    again = int(machine.counters[C.kvm__mmu_retries])
+    walk = failed_walk(machine, again)
+    left = 21 * US - clock - walk
+    assert machine.vcpus.ledger[0, EPT_REFAULT] == (left + US if waits else US)
+    assert again == machine.counters[C.exit__ept_violation] == (-(-left // (costs.ept_violation_ps + walk)) * waits)
+
+
+def test_a_flush_request_waits_for_who_holds_the_mmu_lock(costs: Costs) -> None:
+    """The first holds it for 10 us; the second comes 3 us later, the third, that a quantum ends, in the middle."""
+    machine = mapped(costs, 1)
+    busy(machine)
+    held = (1 * US, OP_FLUSH, 0, 0, 0, 10 * US, 0)
+    run(machine, 30 * US, held, (4 * US, OP_FLUSH, 0, 0, 0, 10 * US, 0))
+    starts = [int(machine.vcpus.field[0, EXIT_START])]
+    assert machine.counters[C.kvm__remote_tlb_flush] == 2
+    run(machine, 35 * US, (31 * US, OP_FLUSH, 0, 0, 0, 10 * US, 0), flush(32 * US))
+    starts.append(int(machine.vcpus.field[0, EXIT_START]))
+    assert machine.counters[C.kvm__remote_tlb_flush] == 4
+    assert abs(starts[0] - 11 * US) <= BIN_PS, "to the bin"
+    assert starts[1] == 35 * US, "what was planned for a quantum is done by its end"
+
+
+def test_a_harvest_holds_the_mmu_lock_while_it_clears_dirty_bits(costs: Costs) -> None:
+    """At 2 us a page; a flush request that comes meanwhile waits."""
+    machine = mapped(costs, 1, pml=True)
+    touch_pages(machine, 0, [0, 1, 2], STORE)
+    run(machine, 10 * US)
+    logged = 512 - 1 - int(machine.pml.next[0])
+    busy(machine)
+    run(machine, 90 * US, (10 * US, OP_HARVEST, 0, 0, 2 * US), flush(11 * US))
+    assert abs(machine.vcpus.field[0, EXIT_START] - (10 + 2 * logged) * US) <= BIN_PS
 
 
 def test_an_ept_violation_of_a_page_under_migration_sleeps_until_the_copy_is_done(costs: Costs) -> None:

@@ -1,18 +1,20 @@
 """PML: an entry for each D bit that is set, downwards from 511, an exit when there is no room, and a bitmap of all."""
 
+import msgspec
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from guestd.fault import table_frames
 from guestd.jit import kernel
-from guestd.pml import ENTRIES, FULL, Pml, flush_at_exit, has_dirty, log_dirty, new_pml, take_dirty
+from guestd.pml import ENTRIES, FULL, Pml, flush_log, has_dirty, log_dirty, new_pml, take_dirty
+from guestd.vcpu import EPT_REFAULT
 from proto.arrays import Bytes, Words
 from proto.config import HostKernel, Scalar
 from proto.costs import Costs
 from proto.counters import C, Counters, new_counters
 from proto.entry import DIRTY, HUGE, PRESENT
-from tests.guestd.machines import guest_config, run_guest
+from tests.guestd.machines import guest_config, run_guest, start_fleet
 from tests.guestd.reference import bitmap
 
 PAGES = 300
@@ -24,10 +26,8 @@ def log(pml: Pml, vcpu: int, gpfn: int, useless: int, counters: Counters) -> Non
 
 
 @kernel
-def take(pml: Pml, ept: Words, ept_pde: Bytes) -> bool:
-    found = has_dirty(pml)
-    take_dirty(pml, ept, ept_pde)
-    return found
+def take(pml: Pml, ept: Words, ept_pde: Bytes) -> tuple[bool, int]:
+    return has_dirty(pml), take_dirty(pml, ept, ept_pde)
 
 
 @given(writes=st.lists(st.tuples(st.integers(0, 1), st.integers(0, PAGES - 1), st.integers(0, 1)), max_size=1500))
@@ -54,12 +54,12 @@ def test_the_log_is_a_list_of_512_and_the_bitmap_the_set_of_what_left_it(
     assert counters[C.exit__pml_full] == exits
     spent = exits * (costs.vmexit_ps + ENTRIES * costs.pml_entry_ps)
     assert pml.due.sum() == spent
-    assert flush_at_exit(pml, 0) == len(logs[0]) * costs.pml_entry_ps
-    assert flush_at_exit(pml, 0) == 0
+    assert flush_log(pml, 0) == len(logs[0]) * costs.pml_entry_ps
+    assert flush_log(pml, 0) == 0
     gone |= set(logs[0])
     ept = np.full(320, DIRTY | PRESENT, np.int64)
     pdes = np.array([DIRTY | HUGE], np.uint8)
-    assert take(pml, ept, pdes) == bool(writes)
+    assert take(pml, ept, pdes) == (bool(writes), len(gone))
     assert pdes[0] == (HUGE if gone else DIRTY | HUGE)
     assert (bits(pml, 0), bits(pml, 1)) == (set(), gone)
     assert set(np.flatnonzero(ept == PRESENT).tolist()) == gone
@@ -84,6 +84,23 @@ def test_a_guest_s_dirty_pages_are_exactly_those_that_were_logged(costs: Costs) 
     assert machine.counters[C.pml__entries] == len(logged)
     assert machine.counters[C.exit__pml_full] > 0
     assert report["pml"]["full_exits"] + report["populate"]["kvm"]["exits"]["pml_full"] > 0
+
+
+def test_clearing_the_pmu_s_buffers_meets_ept_violations_on_the_vcpu_whose_they_are(costs: Costs) -> None:
+    def boot(prefault: bool) -> Words:
+        config = guest_config(costs, "hyperplace", {"load_period": 1 << 20}, vcpus=2)
+        kernel = msgspec.structs.replace(config.kernel, ds_prefault=prefault)
+        fleet = start_fleet(msgspec.structs.replace(config, kernel=kernel))
+        machine = fleet.guests[0].machine
+        while not fleet.guests[0].now:
+            fleet.step()
+        exits[prefault] = int(machine.counters[C.exit__ept_violation])
+        return machine.vcpus.ledger[:, EPT_REFAULT].copy()
+
+    exits: dict[bool, int] = {}
+    more = boot(True) - boot(False)
+    assert more.tolist() == [16 * costs.ept_violation_alloc_ps] * 2
+    assert exits[True] - exits[False] >= 32
 
 
 def test_off_nothing_is_logged(costs: Costs) -> None:

@@ -6,11 +6,14 @@ import msgspec
 import numpy as np
 import pytest
 
+from fleet.in_process import private_memory
 from guestd.pebs import RECORD
+from hostd.core import HostCore
 from hostd.pebs_buffer import PebsLeak
 from proto.config import GuestConfig, HostKernel, Scalar, pebs_buffer_bytes
 from proto.costs import Costs
-from tests.small_fleet import new_fleet, small_guest
+from proto.messages import Bye, Hello
+from tests.small_fleet import new_fleet, small_guest, small_host
 
 SAMPLES: dict[str, Scalar] = {"load_period": 7, "tau_split": 1_000_000}
 
@@ -93,3 +96,13 @@ def test_a_vm_s_records_lie_in_its_own_areas(vm: int, costs: Costs) -> None:
     assert (used[0], used.size) == (first, records.size)
     assert used[-1] < first + guests[vm].vcpus * area
     assert records.flags.c_contiguous
+
+
+def test_a_vm_that_is_stopped_before_the_first_barrier_could_read_nothing(costs: Costs) -> None:
+    guests = fleet(costs, "shared")
+    core = HostCore(small_host(costs, guests[0].host), guests)
+    core.attach(0, private_memory(guests[0])._replace(pebs=np.zeros(pebs_buffer_bytes(guests) // 8, np.int64)))
+    core.receive(0, Hello(vm=0, secret=bytes(32), pid=1))
+    core.stop("enough")
+    assert core.receive(0, Bye(report=msgspec.json.encode({"pebs": {}}))) == []
+    assert core.reports[0]["pebs"] == {"foreign_records_visible": 0}

@@ -124,3 +124,14 @@ def test_secrets_differ(experiment: Experiment) -> None:
     secrets = handover.new_secrets({guest.vm: guest for guest in experiment.guests()})
     assert {len(secret) for secret in secrets.values()} == {32}
     assert len(set(secrets.values())) == len(secrets)
+
+
+def test_a_guest_that_is_gone_leaves_no_descriptor_of_its_memory(
+    guest: GuestConfig, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    host, vm = ends
+    before = _memfds()
+    vm.close()
+    with pytest.raises(OSError, match="Broken pipe"):
+        handover.Pending(guest, SECRET, host, "ipc://x", b"key")
+    assert _memfds() == before

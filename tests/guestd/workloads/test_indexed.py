@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from guestd.address_space import AddressSpace, heap_region, mmap_region
 from guestd.jit import kernel
 from guestd.workloads import indexed
+from guestd.workloads.base import Buffer
 from guestd.workloads.bptree import EMPTY, INNERS, KEYS, LEAVES, Shape, Tree, aligned_shape, new_tree
 from guestd.workloads.indexed import STEP_ACCESSES, Indexed
 from guestd.workloads.scramble import new_scrambler
@@ -36,6 +37,9 @@ class Loaded(Indexed):
         tree = new_tree(shape, self.space.first_page("nodes") << 12, nodes)
         records = self.space.first_page("records")
         super().__init__(guest_config(costs), tree, records << 12, 100, count, NAMES, shuffled, np.array([7, 5]))
+
+    def generate(self, vcpu: int, buffer: Buffer) -> int:
+        raise AssertionError("nobody searches it here")
 
     def leaf_heat(self, weight: Words, heat: Words, scratch: Words) -> None:
         rows = self.tree.leaves.reshape(-1, self.tree.order)[: weight.size, :-1]

@@ -67,6 +67,10 @@ def test_how_the_emulator_advances_moves_no_figure(name: str, costs: Costs) -> N
 
 
 def test_a_workload_that_says_nothing_has_no_first_touch_and_no_heat() -> None:
-    plain = Workload()
+    class Plain(Workload):
+        def generate(self, vcpu: int, buffer: Buffer) -> int:
+            return buffer.address.size
+
+    plain = Plain()
     assert plain.populate(0, Buffer(np.zeros(1, np.int64), np.zeros(1, np.uint8), np.zeros(1, np.int32))) == 0
     assert plain.heat() is None
