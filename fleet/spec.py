@@ -6,8 +6,7 @@ parameters of policy, workload, host profile, guest kernel and engine by ``space
 the edge, so that nothing is started on a bad value.
 """
 
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -18,6 +17,7 @@ from fleet import hosts
 from fleet.errors import ProfileError, SpecError
 from fleet.experiment import Experiment, Tenant, scaled_pages, scaled_transactions
 from fleet.names import unknown
+from fleet.spec_file import flatten, read_toml
 from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS, engine_config, guest_kernel, host_kernel
 from fleet.spec_trace import check_trace
 from fleet.spec_values import Given, exact_size, exact_time, fraction, integer, is_file, parameter, size, text, time_ps
@@ -103,9 +103,28 @@ def load(
 
     Raises SpecError or ProfileError.
     """
-    top, groups, costs = _read(path) if path else ({}, [{}], None)
-    flag_layer = _flags(flags or {}) | _settings(settings)
-    return _Resolver(top, groups, costs, flag_layer, registries or installed()).experiment()
+    data, where, folder = (read_toml(path), path.name, path.parent) if path else ({}, "", Path())
+    return resolve(data, where, folder, _flags(flags or {}) | _settings(settings), registries)
+
+
+def resolve(
+    data: Mapping[str, Any], where: str, folder: Path, overrides: Layer, registries: Registries | None = None
+) -> Experiment:
+    """The experiment of a spec's content; ``overrides`` by full key (``vms``, ``policy.scan_period``) act as flags do.
+
+    ``where`` names it in errors; ``folder``: file names start from there. Raises SpecError or ProfileError.
+    """
+    top, groups, costs = _layers(data, where, folder)
+    return _Resolver(top, groups, costs, _one_end(overrides), registries or installed()).experiment()
+
+
+def check_key(key: str, where: str) -> str:
+    """``key`` if it can override something. Raises SpecError."""
+    if "." in key:
+        return _setting(key, where, _SPACES)
+    if key not in (*RUN_KEYS, *GROUP_KEYS):
+        raise SpecError(where + unknown("key", key, (*RUN_KEYS, *GROUP_KEYS)) + " (a parameter is SPACE.KEY)")
+    return key
 
 
 class _Resolver:
@@ -256,32 +275,21 @@ class _Resolver:
         }
 
 
-def _read(path: Path) -> tuple[Layer, list[Layer], Given | None]:
-    """Top level, groups and resolved costs of a spec file."""
-    try:
-        data = tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        near = [entry.name for entry in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise SpecError(f"{path}: " + unknown("spec file", path.name, near)) from None
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SpecError(f"{path}: not a text file in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{path}: not valid TOML: {error}") from None
-    costs = data.pop("costs", None)
-    tables = data.pop("group", [{}])
+def _layers(data: Mapping[str, Any], name: str, folder: Path) -> tuple[Layer, list[Layer], Given | None]:
+    """Top level, groups and resolved costs of a spec's content."""
+    shared = {key: value for key, value in data.items() if key not in ("costs", "group")}
+    tables = data.get("group", [{}])
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-        raise SpecError(f"{path.name}: group: write each group of VMs as a [[group]] table")
-    top = _layer(data, f"{path.name}: ", path.parent, (*RUN_KEYS, *GROUP_KEYS), _SPACES)
+        raise SpecError(f"{name}: group: write each group of VMs as a [[group]] table")
+    top = _layer(shared, f"{name}: ", folder, (*RUN_KEYS, *GROUP_KEYS), _SPACES)
     groups = []
     for number, table in enumerate(tables, 1):
-        where = f"{path.name}: group {number}: "
+        where = f"{name}: group {number}: "
         for key in table:
             if key in RUN_KEYS:
                 raise SpecError(f"{where}{key}: belongs to the whole run; put it above the first [[group]]")
-        groups.append(_layer(table, where, path.parent, GROUP_KEYS, _GROUP_SPACES))
-    return top, groups, None if costs is None else Given(costs, f"{path.name}: costs", path.parent)
+        groups.append(_layer(table, where, folder, GROUP_KEYS, _GROUP_SPACES))
+    return top, groups, Given(data["costs"], f"{name}: costs", folder) if "costs" in data else None
 
 
 def _layer(table: dict[str, Any], where: str, base: Path, keys: Sequence[str], spaces: Sequence[str]) -> Layer:
@@ -290,22 +298,13 @@ def _layer(table: dict[str, Any], where: str, base: Path, keys: Sequence[str], s
         if key == "set":
             if not isinstance(value, dict):
                 raise SpecError(f"{where}set: must be a table, e.g. set.workload.layout = ...")
-            for name, raw in _flatten(value):
+            for name, raw in flatten(value):
                 layer[_setting(name, where + "set: ", spaces)] = Given(raw, f"{where}set.{name}", base)
         elif key not in keys:
             raise SpecError(where + unknown("key", key, (*keys, "set", "group")))
         else:
             layer[key] = Given(value, where + key, base)
     return _one_end(layer)
-
-
-def _flatten(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """``{"policy": {"a": 1}}`` and ``{"policy.a": 1}`` alike."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _flags(flags: Mapping[str, object]) -> Layer:
