@@ -132,7 +132,7 @@ def test_an_interrupt_ends_the_cell_and_keeps_what_is_done(tiny: Path, tmp_path:
     assert not (out / ".work").exists()
 
 
-def test_equal_experiments_run_once_and_a_refused_one_says_why(experiment: Experiment, tmp_path: Path) -> None:
+def test_equal_experiments_run_once_and_a_refused_one_says_why(tmp_path: Path) -> None:
     one = spec.load(None, {"memory": "16MiB", "seconds": 0.01})
     huge = spec.load(None, {"memory": "500GiB", "vms": 60_000})
     cells = run_cells([({"x": 1}, one), ({"x": 2}, huge), ({"x": 3}, one)], tmp_path / "out")
