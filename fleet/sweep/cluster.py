@@ -1,25 +1,19 @@
-"""The Dask engine: cells as tasks of a Dask cluster, whose workers need this package and nothing in common but that.
+"""The Dask engine: cells as tasks of a Dask cluster, each of which returns its directory as a tar.
 
-A task gets a resolved spec as text, runs it as a process of the worker's machine and returns its directory as a tar.
-A worker that dies takes its cell's processes along (`fleet.sweep.cell`), and the scheduler gives the task to another;
-a cell that comes twice is stored once. A failure of the emulated fleet is a result like any other; a machine that could
-not run the cell (no memory, no processes) is an error, which Dask retries. Kernels are compiled once per worker, before
-its first cell, by a `WorkerPlugin` that also refuses a worker of another version.
+A worker that dies takes its cell's processes along, and the scheduler gives the task to another; a cell that comes
+twice is stored once. A failure of the emulated fleet is a result like any other; a machine that could not run the cell
+(no memory, no processes) is an error, which Dask retries elsewhere. What workers do: `fleet.sweep.worker`.
 """
 
 import io
 import tarfile
-import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, Any
 
-from fleet import __version__
 from fleet.errors import LaunchError, SpecError
-from fleet.spec import installed, load
-from fleet.sweep.process import CellProcess, remove_tree
 from fleet.sweep.progress import Progress
 from fleet.sweep.spec import Point
 from fleet.sweep.store import Store
@@ -30,21 +24,8 @@ if TYPE_CHECKING:
 _CONNECT_S = 30
 
 
-class Made(NamedTuple):
-    """What a worker returns."""
-
-    reason: str
-    """Why the cell failed; empty if it did not."""
-    archive: bytes
-    """Its directory, as a tar compressed with gzip."""
-
-
-class MachineError(Exception):
-    """This worker's machine could not run the cell; another may."""
-
-
 class DaskEngine:
-    """Runs cells on the cluster of a scheduler, ``tcp://HOST:PORT`` or a scheduler file."""
+    """Runs cells on the cluster of a scheduler, ``tcp://HOST:PORT`` or a scheduler file (``*.json``)."""
 
     def __init__(self, scheduler: str, retries: int = 2) -> None:
         self._scheduler = scheduler
@@ -55,74 +36,51 @@ class DaskEngine:
         with _connect(self._scheduler) as client:
             from distributed import as_completed
 
+            from fleet.sweep.worker import WarmUp, run_cell
+
             try:
-                client.register_plugin(_warm_up_plugin())
+                client.register_plugin(WarmUp(_names(points)))
             except Exception as error:
                 raise LaunchError(f"a worker of {self._scheduler} cannot be used: {error}") from None
-            # Keys of this sweep alone: what an earlier one left in the scheduler must not count.
+            # Keys of this sweep alone: what an earlier one left with the scheduler must not count.
             sweep = uuid.uuid4().hex[:8]
-            tasks = {}
+            tasks: dict[Any, Point] = {}
             for number, point in enumerate(points):
+                key = f"cell-{point.hash}-{sweep}"
                 future = client.submit(
-                    run_cell, point.experiment.to_toml(), point.hash, key=f"cell-{point.hash}-{sweep}",
-                    retries=self._retries, priority=-number, pure=False,
-                )  # fmt: skip
+                    run_cell, point.experiment.to_toml(), point.hash, key=key, retries=self._retries, priority=-number
+                )
                 tasks[future] = point
                 progress.started(point)
             try:
-                ended = as_completed(list(tasks))
-                for future in ended:
-                    point = tasks.pop(future)
-                    self._take_in(point, future, store, progress, _sharing(client))
-                    # Its archive is here; the cluster need not keep it.
-                    future.release()
+                for future in as_completed(list(tasks)):  # type: ignore[no-untyped-call]
+                    self._take_in(tasks[future], future, store, progress, "shared" if _sharing(client) else "alone")
+                    del tasks[future]
+                    future.release()  # its archive is here; the cluster need not keep it
             finally:
                 client.cancel(list(tasks), force=True)
 
-    def _take_in(self, point: Point, future: Any, store: Store, progress: Progress, shared: bool) -> None:
+    def _take_in(self, point: Point, future: Any, store: Store, progress: Progress, cpu_measured: str) -> None:
         folder = store.work / point.hash
-        error = future.exception()
+        try:
+            error = future.exception()
+        except CancelledError:
+            raise LaunchError(f"the scheduler {self._scheduler} was lost; run it again to go on") from None
         if error is None:
-            made: Made = future.result()
+            made = future.result()
             with tarfile.open(fileobj=io.BytesIO(made.archive)) as archive:
                 archive.extractall(folder, filter="data")
             reason = made.reason
         else:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-        store.accept(point, folder, reason, "shared" if shared else "alone")
+        store.accept(point, folder, reason, cpu_measured)
         progress.finished(point, reason)
 
 
-def run_cell(spec: str, name: str) -> Made:
-    """A task: run the cell of a resolved spec on this machine. Raises MachineError if that is not possible here."""
-    folder = Path(tempfile.mkdtemp(prefix="fleet-cell-"))
-    try:
-        file = folder / "given.toml"
-        file.write_text(spec, "utf-8")
-        process = CellProcess(load(file), name, folder)
-        ending = process.wait()
-        if not (ending.ok or ending.emulated):
-            raise MachineError(ending.reason)
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as archive:
-            for path in sorted(process.directory.iterdir()):
-                archive.add(path, path.name)
-        return Made(ending.reason, packed.getvalue())
-    finally:
-        remove_tree(folder)
-
-
-def warm_up(version: str) -> None:
-    """Compile the kernels of all policies and workloads into this machine's cache. Raises MachineError."""
-    if version != __version__:
-        raise MachineError(f"it has tierfleet {__version__}, the sweep {version}; install the same on all machines")
-    import subprocess
-    import sys
-
-    script = "from fleet.sweep.cluster import warm_up_here; warm_up_here()"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise MachineError(f"warming up failed: {(done.stderr.strip().splitlines() or ['no words'])[-1]}")
+def _names(points: Sequence[Point]) -> list[str]:
+    """The policies and workloads of all cells."""
+    tenants = [tenant for point in points for tenant in point.experiment.tenants]
+    return sorted({tenant.policy for tenant in tenants} | {tenant.workload for tenant in tenants})
 
 
 def _connect(scheduler: str) -> "Client":
@@ -131,14 +89,15 @@ def _connect(scheduler: str) -> "Client":
     except ImportError:
         raise SpecError("--engine dask: needs the extra: pip install 'tierfleet[dask]'") from None
     try:
-        if scheduler.endswith(".json"):
-            return Client(scheduler_file=scheduler, timeout=_CONNECT_S, set_as_default=False)
-        return Client(scheduler, timeout=_CONNECT_S, set_as_default=False)
+        where = {"scheduler_file": scheduler} if scheduler.endswith(".json") else {"address": scheduler}
+        return Client(**where, timeout=_CONNECT_S)  # type: ignore[no-untyped-call]
     except (OSError, TimeoutError, ValueError) as error:
         raise LaunchError(f"no Dask scheduler at {scheduler}: {error}; see deploy/README.md") from None
 
 
 def _sharing(client: "Client") -> bool:
-    """Whether cells may run beside each other on some machine: several workers, or threads of one, at an address."""
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    return any(slots > 1 for slots in sum((Counter({w["host"]: w["nthreads"]}) for w in workers), Counter()).values())
+    """Whether cells may run beside each other on some machine: several workers, or threads of one, on one host."""
+    slots: Counter[str] = Counter()
+    for worker in client.scheduler_info(n_workers=-1)["workers"].values():
+        slots[worker["host"]] += worker["nthreads"]
+    return any(count > 1 for count in slots.values())

@@ -1,11 +1,13 @@
 """A tiny sweep, once undisturbed for all tests that compare with it."""
 
+import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -35,12 +37,16 @@ def fleet(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    """The command, under way; its standard error can be read."""
+@contextmanager
+def start(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+    """The command, under way, and its standard error; killed at the end of the block if it still runs."""
     command = [sys.executable, "-m", "fleet", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            yield process, process.stderr
+        finally:
+            process.kill()
 
 
 def until(condition: Callable[[], bool], seconds: float = 100.0) -> None:
@@ -48,6 +54,7 @@ def until(condition: Callable[[], bool], seconds: float = 100.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
+        select.select([], [], [], 0.02)  # leaves the core to what is waited for
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:

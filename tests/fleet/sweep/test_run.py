@@ -57,10 +57,8 @@ def test_a_sweep_leaves_a_run_per_cell_and_a_table_of_all(tiny: Path, undisturbe
 
 def test_killed_halfway_and_resumed_it_is_as_if_undisturbed(tiny: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    sweep = start("sweep", tiny, "--out", out)
-    assert sweep.stderr is not None
-    with sweep.stderr:
-        assert any(line.startswith(f"2/{CELLS} ") for line in iter(sweep.stderr.readline, ""))
+    with start("sweep", tiny, "--out", out) as (sweep, stderr):
+        assert any(line.startswith(f"2/{CELLS} ") for line in iter(stderr.readline, ""))
         process = psutil.Process(sweep.pid)
         until(lambda: has_guest(family(process)))
         everybody = family(process)
@@ -116,15 +114,13 @@ def test_a_failed_cell_costs_no_other_and_is_only_run_again_on_demand(tmp_path: 
 
 def test_an_interrupt_ends_the_cell_and_keeps_what_is_done(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "interrupted"
-    sweep = start("sweep", tiny, "--out", out)
-    assert sweep.stderr is not None
-    with sweep.stderr:
+    with start("sweep", tiny, "--out", out) as (sweep, stderr):
         process = psutil.Process(sweep.pid)
         until(lambda: has_guest(family(process)))
         everybody = family(process)
         sweep.send_signal(signal.SIGINT)
-        said = sweep.stderr.read()
-    assert sweep.wait() == 130
+        said = stderr.read()
+        assert sweep.wait() == 130
     assert "Traceback" not in said
     assert psutil.wait_procs(everybody, timeout=60)[1] == []
     assert results(out)["counts"] == {"done": 0, "failed": 0, "missing": CELLS}
