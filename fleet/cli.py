@@ -18,6 +18,7 @@ from fleet import __version__
 from fleet.conformance_cli import conformance
 from fleet.errors import FleetError, SpecError
 from fleet.names import unknown
+from fleet.sweep.cli import sweep
 from fleet.trace.cli import app as trace_app
 from proto.errors import ProtoError
 
@@ -41,6 +42,7 @@ app.add_typer(hosts_app, name="hosts")
 app.add_typer(
     trace_app, name="trace", help="Import recorded memory accesses, and look into them.", no_args_is_help=False
 )
+app.command()(sweep)
 
 app.command()(conformance)
 

@@ -72,8 +72,12 @@ class Demand(NamedTuple):
 
 def check_run(guests: Sequence[GuestConfig]) -> list[Check]:
     """The limits that these guests would break; [] if the run can start."""
-    demand = Demand(len(guests), sum(guest.total_pages for guest in guests))
-    return [check for check in limits(demand) if not check.ok]
+    return [check for check in limits(demand_of(guests)) if not check.ok]
+
+
+def demand_of(guests: Sequence[GuestConfig]) -> Demand:
+    """What these guests ask of the machine."""
+    return Demand(len(guests), sum(guest.total_pages for guest in guests))
 
 
 def raise_file_limit(vms: int) -> None:
@@ -134,16 +138,21 @@ def processes(vms: int) -> Check:
 
 def memory(demand: Demand) -> Check:
     """Free memory of the machine and of the cgroups, against the upper bound of the demand."""
-    info = _meminfo()
-    room = {"this machine": info.get("MemAvailable", 0)}
+    free, name = free_memory()
+    needed = demand.memory_bytes
+    fix = "" if free >= needed else f"use fewer --vms, less --memory or a smaller --scale ({name} sets the limit)"
+    return Check("memory", not fix, f"{format_bytes(max(free, 0))} free", f"{format_bytes(needed)} at most", fix)
+
+
+def free_memory() -> tuple[int, str]:
+    """Bytes that new processes can have, and who sets that limit: the machine or one of the cgroups."""
+    room = {"this machine": _meminfo().get("MemAvailable", 0)}
     for folder in _cgroups("memory"):
         limit = min(_number(folder / "memory.max"), _number(folder / "memory.limit_in_bytes"))
         current = _number(folder / "memory.current", 0) or _number(folder / "memory.usage_in_bytes", 0)
         room[str(folder)] = limit - current + _stat(folder / "memory.stat", "inactive_file")
     name = min(room, key=lambda key: room[key])
-    needed = demand.memory_bytes
-    fix = "" if room[name] >= needed else f"use fewer --vms, less --memory or a smaller --scale ({name} sets the limit)"
-    return Check("memory", not fix, f"{format_bytes(max(room[name], 0))} free", f"{format_bytes(needed)} at most", fix)
+    return room[name], name
 
 
 def overcommit(demand: Demand) -> Check:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -18,7 +18,21 @@ from fleet import hosts
 from fleet.errors import ProfileError, SpecError
 from fleet.experiment import Experiment, Tenant, scaled_pages, scaled_transactions
 from fleet.names import unknown
-from fleet.spec_layers import SPACES, STAGE_KEYS, Layer, flag_layer, overlay, read, setting_layer, space_of
+from fleet.spec_file import read_toml
+from fleet.spec_layers import (
+    GROUP_KEYS,
+    RUN_KEYS,
+    SPACES,
+    STAGE_KEYS,
+    Layer,
+    flag_layer,
+    layers,
+    one_end,
+    overlay,
+    setting_layer,
+    setting_name,
+    space_of,
+)
 from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS, engine_config, guest_kernel, host_kernel
 from fleet.spec_trace import check_trace
 from fleet.spec_values import Given, exact_size, exact_time, fraction, integer, is_file, parameter, size, text, time_ps
@@ -103,9 +117,28 @@ def load(
 
     Raises SpecError or ProfileError.
     """
-    top, groups, costs = read(path) if path else ({}, [{}], None)
-    given = flag_layer(flags or {}) | setting_layer(settings)
-    return _Resolver(top, groups, costs, given, registries or installed()).experiment()
+    data, where, folder = (read_toml(path), path.name, path.parent) if path else ({}, "", Path())
+    return resolve(data, where, folder, flag_layer(flags or {}) | setting_layer(settings), registries)
+
+
+def resolve(
+    data: Mapping[str, Any], where: str, folder: Path, overrides: Layer, registries: Registries | None = None
+) -> Experiment:
+    """The experiment of a spec's content; ``overrides`` by full key (``vms``, ``policy.scan_period``) act as flags do.
+
+    ``where`` names it in errors; ``folder``: file names start from there. Raises SpecError or ProfileError.
+    """
+    top, groups, costs = layers(data, where, folder)
+    return _Resolver(top, groups, costs, one_end(overrides), registries or installed()).experiment()
+
+
+def check_key(key: str, where: str) -> str:
+    """``key`` if it can override something. Raises SpecError."""
+    if "." in key:
+        return setting_name(key, where, SPACES)
+    if key not in (*RUN_KEYS, *GROUP_KEYS):
+        raise SpecError(where + unknown("key", key, (*RUN_KEYS, *GROUP_KEYS)) + " (a parameter is SPACE.KEY)")
+    return key
 
 
 class _Resolver:

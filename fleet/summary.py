@@ -73,6 +73,12 @@ def digest(summary: Mapping[str, Any], keys: Iterable[str] = DETERMINISTIC_KEYS)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
+def is_deterministic(path: str) -> bool:
+    """Whether the digest covers the value at ``path``, such as ``vms.0.access.total``."""
+    parts = path.split(".")
+    return any(_matches(parts, key.split(".")) for key in DETERMINISTIC_KEYS)
+
+
 def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     if isinstance(value, Mapping):
         items: Iterable[tuple[object, object]] = value.items()
