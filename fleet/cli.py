@@ -17,6 +17,7 @@ import typer
 from fleet import __version__
 from fleet.errors import FleetError, SpecError
 from fleet.names import unknown
+from fleet.report.cli import report
 from fleet.trace.cli import app as trace_app
 from proto.errors import ProtoError
 
@@ -39,6 +40,7 @@ app.add_typer(hosts_app, name="hosts")
 app.add_typer(
     trace_app, name="trace", help="Import recorded memory accesses, and look into them.", no_args_is_help=False
 )
+app.command()(report)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 
