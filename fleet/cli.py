@@ -18,6 +18,7 @@ from fleet import __version__
 from fleet.conformance_cli import conformance
 from fleet.errors import FleetError, SpecError
 from fleet.names import unknown
+from fleet.report.cli import report
 from fleet.sweep.cli import sweep
 from fleet.trace.cli import app as trace_app
 from proto.errors import ProtoError
@@ -45,6 +46,7 @@ app.add_typer(
 app.command()(sweep)
 
 app.command()(conformance)
+app.command()(report)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 

@@ -1,0 +1,69 @@
+"""What a report says about a directory: its tables and figures, in their order."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fleet.errors import OutputError
+from fleet.report import counters, cpu, series_over_time, tornado
+from fleet.report.cells import Cell, load
+from fleet.report.figure import Gallery
+from fleet.report.moves import move_traces
+from fleet.report.parameters import parameters_table
+from fleet.report.provenance_table import errors_table, provenance_table
+from fleet.report.results_table import cells_table, results_table
+from fleet.report.subject import is_run, subjects
+from fleet.report.table import Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it, as data."""
+
+    directory: Path
+    title: str
+    cells: list[Cell]
+    tables: list[Table]
+    gallery: Gallery
+
+    def plain(self) -> dict[str, Any]:
+        """What ``--json`` prints: the tables' data, the figures' names, and why others are not there."""
+        return {
+            "directory": str(self.directory),
+            "title": self.title,
+            "tables": {table.key: table.plain() for table in self.tables},
+            "figures": [{"key": one.key, "title": one.title, "note": one.note} for one in self.gallery.figures],
+            "absent": [{"title": one.title, "why": one.why} for one in self.gallery.absent],
+        }
+
+
+def read(directory: Path) -> Report:
+    """The report of a run's or a sweep's directory. Raises OutputError."""
+    cells = load(directory)
+    if not any(cell.summary is not None for cell in cells):
+        raise OutputError(f"{directory} holds no finished run yet (no summary.json); let it finish, then report")
+    found = subjects(cells)
+    tables = [results_table(cells, found)]
+    if (errors := errors_table(cells)) is not None:
+        tables.append(errors)
+    if not is_run(cells):
+        tables.append(cells_table(cells))
+    tables += [parameters_table(cells), provenance_table(cells)]
+    lines, note = series_over_time.tracks(cells)
+    gallery = Gallery()
+    gallery.add(cpu.cores_by_vms(found), cpu.by_stage(found))
+    gallery.add(series_over_time.throughput(lines, note), series_over_time.fast_share(lines, note))
+    gallery.add(counters.flushes(found), counters.latency(found), counters.occupancy(found))
+    gallery.add(*move_traces(cells), *tornado.tornadoes(directory))
+    return Report(directory, _title(directory, cells), cells, tables, gallery)
+
+
+def _title(directory: Path, cells: list[Cell]) -> str:
+    if is_run(cells):
+        return f"Run {(cells[0].summary or {})['run']['name']}"
+    done = sum(cell.status == "done" for cell in cells)
+    name = directory.resolve().name
+    if (directory / "sweep.toml").is_file():
+        name = str(tomllib.loads((directory / "sweep.toml").read_text("utf-8")).get("name", name))
+    return f"Sweep {name}: {done} of {len(cells)} cells"

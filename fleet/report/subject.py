@@ -1,0 +1,96 @@
+"""What a report speaks of: the VMs of a run one by one, or the points of a sweep, each with its repetitions.
+
+A point is one choice of the axes' values; a figure of it is the sum or the mean over its VMs in each repetition, and
+then the mean over the repetitions with their lowest and highest.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fleet.report.cells import Cell
+from fleet.table import figure as figure_at
+
+Vm = Mapping[str, Any]
+
+
+class Spread(NamedTuple):
+    """A mean over repetitions, and their lowest and highest."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing with a label. ``fleets``: the VMs of each repetition (of a run's VM: itself, once)."""
+
+    label: str
+    axes: dict[str, object]
+    fleets: tuple[tuple[Vm, ...], ...]
+
+    def total(self, path: str) -> Spread | None:
+        """The sum over the VMs of a figure of `fleet.table.figure`; None where no VM has it."""
+        return self.spread(lambda vm: figure_at(vm, path), sum)
+
+    def mean(self, path: str) -> Spread | None:
+        """The mean over the VMs."""
+        return self.spread(lambda vm: figure_at(vm, path), lambda values: sum(values) / len(values))
+
+    def spread(self, figure: Callable[[Vm], float | None], reduce: Callable[[list[float]], float]) -> Spread | None:
+        """``figure`` of each VM, reduced over the VMs of each repetition that have it."""
+        each = [
+            reduce(values) for fleet in self.fleets if (values := [v for vm in fleet if (v := figure(vm)) is not None])
+        ]
+        return Spread(sum(each) / len(each), min(each), max(each)) if each else None
+
+
+def subjects(cells: Sequence[Cell]) -> list[Subject]:
+    """Of a run its VMs, of a sweep its points in the order in which they come; what left no summary is left out."""
+    if is_run(cells):
+        summary = cells[0].summary
+        vms = [] if summary is None else summary["vms"]
+        return [Subject(vm_label(vm), {}, ((vm,),)) for vm in vms]
+    points: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.summary is not None and cell.status == "done":
+            points.setdefault(repr(cell.axes), []).append(cell)
+    return [
+        Subject(
+            axes_label(group[0].axes),
+            group[0].axes,
+            tuple(tuple(cell.summary["vms"]) for cell in group if cell.summary),
+        )
+        for group in points.values()
+    ]
+
+
+def is_run(cells: Sequence[Cell]) -> bool:
+    """Whether this is one run and no sweep."""
+    return len(cells) == 1 and not (cells[0].path / "cell.json").is_file()
+
+
+def vm_label(vm: Vm) -> str:
+    """``vm0 g-tpp gups``."""
+    return f"vm{vm['id']} {vm['policy']} {vm['workload']}"
+
+
+def axes_label(axes: Mapping[str, object], without: tuple[str, ...] = ()) -> str:
+    """``3 VMs g-tpp scan_period=1s``: values that say what they are alone, others after the end of their key."""
+    parts = []
+    for key, value in axes.items():
+        if key in without:
+            continue
+        if key == "vms":
+            parts.append(f"{value} VM{'' if value == 1 else 's'}")
+        elif key in ("policy", "workload"):
+            parts.append(str(value))
+        else:
+            parts.append(f"{key.rpartition('.')[2]}={value}")
+    return " ".join(parts) or "all"
+
+
+def cell_label(cell: Cell) -> str:
+    """The label of a cell's point, with the repetition where it is not the first."""
+    return axes_label(cell.axes) + (f" #{cell.repetition + 1}" if cell.repetition else "")

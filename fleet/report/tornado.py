@@ -1,0 +1,61 @@
+"""The sensitivity tornado: how far each cost of the host profile moves a metric over its plausible range.
+
+Drawn from ``sensitivity.json``, a list of {cost, unit, low, default, high, metric, at_low, at_default, at_high, grade,
+source}: for each cost the metric with the cost at the ends of its range and at its default.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fleet.errors import OutputError
+from fleet.report.figure import Absent, Axis, Figure, Look, Series, positions, values
+
+MOST_COSTS = 30
+
+
+def tornadoes(directory: Path) -> list[Figure | Absent]:
+    """A figure per metric, widest bar on top. Raises OutputError for a file of another form."""
+    path = directory / "sensitivity.json"
+    if not path.is_file():
+        return [Absent("Sensitivity", "no cost was varied (fleet sensitivity writes sensitivity.json)")]
+    try:
+        rows = json.loads(path.read_text("utf-8"))
+        by_metric: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_metric.setdefault(str(row["metric"]), []).append(row)
+        return [_tornado(metric, group, number) for number, (metric, group) in enumerate(by_metric.items(), 1)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{path}: not a list of varied costs: {type(error).__name__}: {error}") from None
+
+
+def _tornado(metric: str, rows: list[dict[str, Any]], number: int) -> Figure:
+    def width(row: dict[str, Any]) -> float:
+        return max(row["at_low"], row["at_high"], row["at_default"]) - min(
+            row["at_low"], row["at_high"], row["at_default"]
+        )
+
+    rows = sorted(rows, key=lambda row: (-width(row), row["cost"]))
+    most, still = rows[:MOST_COSTS], sum(width(row) == 0 for row in rows)
+    base = values([row["at_default"] for row in most])
+    places = positions(len(most))
+    series = (
+        Series("cost at the low end of its range", places, values([row["at_low"] for row in most]), Look(hatch=2),
+               "bar", base=base),
+        Series("cost at the high end", places, values([row["at_high"] for row in most]), Look(hatch=1),
+               "bar", base=base),
+    )  # fmt: skip
+    labels = tuple(f"{r['cost']} {r['low']:g}..{r['high']:g} {r['unit']} [{r['grade']}]" for r in most)
+    note = f"Bars start at the metric with every cost at its default. {still} of {len(rows)} costs do not move it."
+    if len(rows) > len(most):
+        note += f" The {len(most)} widest are drawn."
+    key = "tornado" if number == 1 else f"tornado-{number}"
+    return Figure(
+        key,
+        f"Sensitivity of {metric}",
+        Axis("", "", categories=labels),
+        Axis(metric, ""),
+        series,
+        note,
+        horizontal=True,
+    )
