@@ -88,6 +88,9 @@ def run(
     ] = None,
     clock: Annotated[str | None, typer.Option(metavar="C", help="virtual (realtime: not yet) [virtual]")] = None,
     sample: Annotated[str | None, typer.Option(metavar="T", help="Interval of the time series [100ms]")] = None,
+    heat: Annotated[
+        bool | None, typer.Option("--heat/--no-heat", help="Record page heat by gVA, gPA and hPA [no]")
+    ] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run [time-policy-workload]")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Directory for results [runs/NAME]")] = None,
     as_json: Json = False,
@@ -100,11 +103,12 @@ def run(
       fleet run --vms 3 --policy g-tpp --workload gups --memory 16GiB --scale 1/32 --seconds 20 --json
       fleet run --policy hyperplace --workload trace --set workload.file=examples/hot_set.trace
       fleet run --policy h-tpp --set host.invept=1us --set workload.layout=scattered
+      fleet run --policy hyperplace --vcpus 4 --memory 1GiB --heat
     """
     flags = {
         "vms": vms, "policy": policy, "workload": workload, "host": host, "vcpus": vcpus, "memory": memory,
         "fast_ratio": fast_ratio, "seconds": seconds, "transactions": transactions, "scale": scale, "seed": seed,
-        "clock": clock, "sample": sample, "name": name,
+        "clock": clock, "sample": sample, "heat": heat, "name": name,
     }  # fmt: skip
     from fleet.spec import load
 

@@ -66,6 +66,8 @@ class Experiment:
     """Factor on every memory size, those of L2 and LLC too, and on transaction counts."""
     engine: EngineConfig
     sample_ps: int
+    heat: bool
+    """Record page heat by gVA, gPA and hPA."""
     hang_timeout_s: float
     tenants: tuple[Tenant, ...]
 
@@ -73,14 +75,16 @@ class Experiment:
         self,
         log_path: Callable[[int], Path | str] = lambda vm: "",
         events_path: Callable[[int], Path | str] = lambda vm: "",
+        heat_path: Callable[[int], Path | str] = lambda vm: "",
     ) -> list[GuestConfig]:
         """One config per VM, numbered from 0 through the tenants; the callables name each VM's files."""
         owners = [tenant for tenant in self.tenants for _ in range(tenant.vms)]
         first = list(accumulate((tenant.vcpus for tenant in owners), initial=0))
         return [
-            self._guest(vm, tenant, (first[vm], first[-1]), str(log_path(vm)), str(events_path(vm)))
+            self._guest(vm, tenant, (first[vm], first[-1]), str(log_path(vm)), str(events_path(vm)),
+                        str(heat_path(vm)) if self.heat else "")
             for vm, tenant in enumerate(owners)
-        ]
+        ]  # fmt: skip
 
     def host_config(self, log_path: Path | str = "") -> HostConfig:
         """What the host process needs to know."""
@@ -108,7 +112,7 @@ class Experiment:
         return msgspec.structs.replace(self.costs, **sizes)
 
     def _guest(
-        self, vm: int, tenant: Tenant, vcpu_range: tuple[int, int], log_path: str, events_path: str
+        self, vm: int, tenant: Tenant, vcpu_range: tuple[int, int], log_path: str, events_path: str, heat_path: str
     ) -> GuestConfig:
         total = scaled_pages(tenant.memory_bytes, self.scale)
         fast = round(total * tenant.fast_ratio)
@@ -137,6 +141,7 @@ class Experiment:
             costs=self._scaled_costs(),
             log_path=log_path,
             events_path=events_path,
+            heat_path=heat_path,
         )
 
 
@@ -186,6 +191,7 @@ def _toml(experiment: Experiment) -> str:
         "host": experiment.host,
         "scale": str(experiment.scale),
         "sample": exact_time(experiment.sample_ps),
+        "heat": experiment.heat,
         "hang_timeout": exact_time(round(experiment.hang_timeout_s * PS_PER_S)),
     }
     engine = experiment.engine

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from fleet import timeseries
+from fleet import page_heat, timeseries
 from fleet.atomic import write_atomic
 from fleet.errors import OutputError
 from fleet.experiment import Experiment
@@ -72,6 +72,16 @@ class RunDirectory:
         """The run's picture."""
         return self.path / "figure.png"
 
+    @property
+    def heat_table(self) -> Path:
+        """Page heat of all VMs, if it was recorded."""
+        return self.path / "heat.parquet"
+
+    @property
+    def heat_figure(self) -> Path:
+        """The picture of it."""
+        return self.path / "heat.png"
+
     def log_path(self, who: int | str) -> Path:
         """File to which one process appends its log lines: a VM by its number, others by name."""
         return self.path / f"log.{_part(who)}.jsonl"
@@ -79,6 +89,10 @@ class RunDirectory:
     def events_path(self, vm: int) -> Path:
         """File to which a guest appends its binary events."""
         return self.path / f"events.{_part(vm)}.bin"
+
+    def heat_path(self, vm: int) -> Path:
+        """File to which a guest appends its page heat."""
+        return self.path / f"heat.{_part(vm)}.bin"
 
     def begin(self, spec: Experiment, provenance: Provenance) -> None:
         """Write ``spec.toml`` and ``provenance.json``."""
@@ -134,6 +148,8 @@ def finish(
     try:
         merge(directory.parts("log.*.jsonl"), directory.path / "log.jsonl")
         timeseries.merge_events(directory.parts("events.*.bin"), directory.path / "events.parquet")
+        if spec.heat:
+            page_heat.merge(directory.parts("heat.*.bin"), directory.heat_table)
         intervals = timeseries.interval_table(result.samples, {guest.vm: guest.start_ps for guest in guests})
         timeseries.write_intervals(intervals, directory.path / "timeseries.parquet")
         write_atomic(directory.summary_path, to_json(summary))

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fleet import doctor, figure
+from fleet import doctor, figure, page_heat
 from fleet.errors import LimitError
 from fleet.experiment import Experiment
 from fleet.launcher import run_fleet
@@ -42,7 +42,7 @@ def run_experiment(experiment: Experiment, out: Path | None, as_json: bool) -> i
     )
     directory = RunDirectory.create(out, name)
     directory.begin(experiment, provenance)
-    guests = experiment.guests(directory.log_path, directory.events_path)
+    guests = experiment.guests(directory.log_path, directory.events_path, directory.heat_path)
     host = experiment.host_config(directory.log_path("host"))
     doctor.raise_file_limit(len(guests))
     progress = Console(stderr=True, highlight=False)
@@ -71,6 +71,7 @@ def _report(summary: Mapping[str, Any], directory: RunDirectory) -> None:
     """The readable end: figure, table, and where everything lies."""
     timeseries = directory.path / "timeseries.parquet"
     figure.draw(summary, timeseries, directory.figure_path)
+    heat_drawn = directory.heat_table.exists() and page_heat.draw(summary, directory.heat_table, directory.heat_figure)
     # Whoever pipes the table keeps whole lines.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
     print_summary(summary, console)
@@ -78,4 +79,6 @@ def _report(summary: Mapping[str, Any], directory: RunDirectory) -> None:
     for line in figure.sparklines(summary, timeseries, ascii_only=ascii_only):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"figure:  {directory.figure_path}", markup=False, soft_wrap=True)
+    if heat_drawn:
+        console.print(f"heat:    {directory.heat_figure}", markup=False, soft_wrap=True)
     console.print(f"results: {directory.path}", markup=False, soft_wrap=True)

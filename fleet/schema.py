@@ -115,6 +115,13 @@ class PebsEvent(Struct):
     dropped: int
 
 
+class CpuPerSample(Struct):
+    """CPU of tracking over the records drained, ns."""
+
+    measured: float
+    modelled: float
+
+
 class Pebs(Struct):
     """Sampling."""
 
@@ -128,6 +135,7 @@ class Pebs(Struct):
     events: dict[str, PebsEvent] | UnsetType = UNSET
     vcpus: list[dict[str, PebsEvent]] | UnsetType = UNSET
     foreign_records_visible: int | UnsetType = UNSET
+    cpu_ns_per_sample: CpuPerSample | UnsetType = UNSET
 
 
 class Pml(Struct):
@@ -171,12 +179,23 @@ class Migration(Struct):
 
 
 class Hotness(Struct):
-    """Placement against the workload's own ground truth."""
+    """The policy's hot set and fast ratio against the workload's ground truth."""
 
+    hot_set: Literal["policy", "fast node"] | UnsetType = UNSET
     precision: float | UnsetType = UNSET
     recall: float | UnsetType = UNSET
     f1: float | UnsetType = UNSET
     oracle_fast_ratio: float | UnsetType = UNSET
+    share_of_oracle: float | UnsetType = UNSET
+
+
+class Locality(Struct):
+    """How well ranges of one address space tell hot from cold; of `ranges` on only where there are PEBS records."""
+
+    bins_fast_ratio: float
+    ranges: int | UnsetType = UNSET
+    hot_ranges: int | UnsetType = UNSET
+    ranges_fast_ratio: float | UnsetType = UNSET
 
 
 class MeasuredStages(Struct):
@@ -261,6 +280,7 @@ class Vm(Struct):
     host_thp: HostThp | UnsetType = UNSET
     migration: Migration | UnsetType = UNSET
     hotness: Hotness | UnsetType = UNSET
+    locality: dict[Literal["gva", "gpa", "hpa"], Locality] | UnsetType = UNSET
     agent_cpu: AgentCpu | UnsetType = UNSET
     process_cpu: ProcessCpu | UnsetType = UNSET
     hypercalls: Hypercalls | UnsetType = UNSET

@@ -56,9 +56,10 @@ MAX_TIME_PS = 10**6 * PS_PER_S
 
 DEFAULTS: dict[str, object] = {
     "name": "", "seed": 1, "clock": "virtual", "host": hosts.DEFAULT_PROFILE, "scale": 1, "sample": "100ms",
-    "hang_timeout": "60s", "vms": 1, "policy": "none", "workload": "gups", "vcpus": 1, "memory": "512MiB",
-    "fast_ratio": 0.2, "seconds": 10, "start": 0,
+    "heat": False, "hang_timeout": "60s", "vms": 1, "policy": "none", "workload": "gups", "vcpus": 1,
+    "memory": "512MiB", "fast_ratio": 0.2, "seconds": 10, "start": 0,
 }  # fmt: skip
+_HEAT = Param("heat", False, "", "record page heat by gVA, gPA and hPA", "guestd/heat.py")
 _HOST_NAMES = frozenset(param.name for param in HOST_PARAMS)
 """Keys of the space `host` that are no costs."""
 
@@ -187,6 +188,7 @@ class _Resolver:
             scale=scale,
             engine=engine,
             sample_ps=sample,
+            heat=bool(parameter(_HEAT, run["heat"])),
             hang_timeout_s=_bounded_time(run["hang_timeout"], PS_PER_S, MAX_TIME_PS) / PS_PER_S,
             tenants=tenants,
         )

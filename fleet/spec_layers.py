@@ -9,7 +9,7 @@ from fleet.names import unknown
 from fleet.spec_file import flatten
 from fleet.spec_values import Given
 
-RUN_KEYS = ("name", "seed", "clock", "host", "scale", "sample", "hang_timeout")
+RUN_KEYS = ("name", "seed", "clock", "host", "scale", "sample", "heat", "hang_timeout")
 STAGE_KEYS = ("tracker", "classifier", "migrator")
 GROUP_KEYS = (
     "vms",

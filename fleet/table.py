@@ -52,7 +52,8 @@ def print_summary(summary: Mapping[str, Any], console: Console, where: Path | No
         console.print(line, style="dim", highlight=False)
     for line in host_lines(summary.get("host", {})):
         console.print(Text(line))
-    for line in (*llc_lines(summary["vms"]), *flush_lines(summary["vms"])):
+    vms = summary["vms"]
+    for line in (*llc_lines(vms), *flush_lines(vms), *pebs_lines(vms), *truth_lines(vms), *locality_lines(vms)):
         console.print(Text(line))
     for line in leak_lines(summary["vms"]):
         console.print(Text(line), style="red")
@@ -168,6 +169,58 @@ def llc_lines(vms: Sequence[Vm]) -> list[str]:
         return []
     share = sum(access["llc_hits"] for access in counted) / sum(access["total"] for access in counted)
     return [f"  last-level cache: served {100 * share:.1f} % of accesses"]
+
+
+def pebs_lines(vms: Sequence[Vm]) -> list[str]:
+    """CPU of tracking per PEBS record, by policy."""
+    return [
+        f"  {policy}: CPU per PEBS record {measured:.0f} ns measured, {modelled:.0f} ns modelled"
+        for policy, members in _by_policy(vms, "pebs.cpu_ns_per_sample.measured").items()
+        for measured, modelled in [_means(members, "pebs.cpu_ns_per_sample", ("measured", "modelled"))]
+    ]
+
+
+def truth_lines(vms: Sequence[Vm]) -> list[str]:
+    """How well each policy knew what was hot, and what it made of it."""
+    lines = []
+    for policy, members in _by_policy(vms, "hotness.f1").items():
+        names = ("precision", "recall", "share_of_oracle")
+        precision, recall, share = (100 * value for value in _means(members, "hotness", names))
+        what = "hot set" if members[0]["hotness"].get("hot_set") == "policy" else "pages in fast memory"
+        lines.append(
+            f"  {policy}: of its {what} {precision:.0f} % are truly hot, which is {recall:.0f} % of what is; "
+            f"fast ratio {share:.0f} % of the oracle's"
+        )
+    return lines
+
+
+def locality_lines(vms: Sequence[Vm]) -> list[str]:
+    """What the hottest ranges of each address space hold that fit fast memory, where heat was recorded."""
+    lines = []
+    for vm in vms:
+        if spaces := vm.get("locality"):
+            parts = []
+            for name, space in spaces.items():
+                tree = ""
+                if "ranges" in space:
+                    tree = f", {100 * space['ranges_fast_ratio']:.0f} % in the tree's ({space['ranges']} ranges)"
+                parts.append(f"{name} {100 * space['bins_fast_ratio']:.0f} %{tree}")
+            lines.append(f"  vm{vm['id']}: accesses in the hottest 2 MiB that fit fast memory: " + "; ".join(parts))
+    return lines
+
+
+def _by_policy(vms: Iterable[Vm], path: str) -> dict[str, list[Vm]]:
+    """The VMs that have a figure, by policy."""
+    groups: dict[str, list[Vm]] = {}
+    for vm in vms:
+        if figure(vm, path) is not None:
+            groups.setdefault(vm["policy"], []).append(vm)
+    return groups
+
+
+def _means(members: Sequence[Vm], path: str, names: Sequence[str]) -> list[float]:
+    sums = [sum(_values(members, f"{path}.{name}")) for name in names]
+    return [total / len(members) for total in sums]
 
 
 def flush_lines(vms: Sequence[Vm]) -> list[str]:

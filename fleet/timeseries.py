@@ -61,8 +61,26 @@ def interval_table(samples: Sequence[Sample], starts_ps: Mapping[int, int]) -> p
         "throughput_mops": pa.array(total * (PS_PER_US / np.maximum(length_ps, 1)), mask=length_ps <= 0),
         "agent_cpu_s": pa.array(agent_s - _previous(agent_s, first, np.zeros_like(agent_s))),
     }
+    columns |= _against_truth(delta)
     columns |= {column_name(counter): pa.array(np.ascontiguousarray(delta[:, counter])) for counter in C}
     return pa.table(columns)
+
+
+def _against_truth(delta: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
+    """`guestd.hotness.scores` of each interval, from the increases of the counters (int64[rows, COUNTERS])."""
+    believed, right, asked, found, accesses, fast, oracle = (
+        delta[:, index] for index in range(C.truth__believed, C.truth__oracle_fast + 1)
+    )
+    precision, recall = right / np.maximum(believed, 1), found / np.maximum(asked, 1)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    columns = {
+        "hotness.precision": precision,
+        "hotness.recall": recall,
+        "hotness.f1": f1,
+        "hotness.oracle_fast_ratio": oracle / np.maximum(accesses, 1),
+        "hotness.share_of_oracle": fast / np.maximum(oracle, 1),
+    }
+    return {name: pa.array(values, mask=accesses == 0) for name, values in columns.items()}
 
 
 def _previous(values: npt.NDArray[Any], first: npt.NDArray[np.bool_], initial: npt.NDArray[Any]) -> npt.NDArray[Any]:

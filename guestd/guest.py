@@ -38,7 +38,7 @@ from guestd.mm.khugepaged import Khugepaged
 from guestd.mm.nodes import FAST, WMARK_LOW, new_nodes
 from guestd.params import resolve
 from guestd.perf_events import PerfEvents
-from guestd.report import Snapshot, build_report
+from guestd.report import Snapshot, build_report, progress
 from guestd.threads import Threads
 from guestd.tiering.policy import Tiering
 from guestd.tiering.registry import policy_of
@@ -60,6 +60,7 @@ from guestd.vcpu import (
 )
 from guestd.vcpu import INTERRUPT as IRQ
 from guestd.walk import price_walks
+from guestd.watch import Watch
 from guestd.workloads.base import Buffer
 from guestd.workloads.registry import workloads
 from proto.arrays import Bytes, Words
@@ -118,6 +119,7 @@ class Guest:
             # Of a huge page the whole goes where its first access says, so there whole tables compete.
             unit = TABLE_PAGES if config.kernel.thp == "always" else 1
             self._prefer = placement_by_heat(heat.reshape(-1, unit).sum(axis=1), capacity // unit).repeat(unit)
+        self.watch = Watch(self)
         self._batch = new_batch(config.engine.block)
         kernel, costs = config.kernel, config.costs
         self._thp = Thp(
@@ -232,10 +234,11 @@ class Guest:
                 heapq.heappop(self._timers)[2]()
         self._events.flush()
         total_time(machine.vcpus, machine.counters)
+        self.watch.barrier(until)
         return Tick(
             time_ps=until,
             phase=self.phase,
-            progress=self._progress(),
+            progress=progress(self),
             counters=machine.counters.tobytes(),
             agent_cpu_s=self._threads.agent_cpu_ns() / 1e9,
             bandwidth_demand=(before - machine.budget).tobytes(),
@@ -248,13 +251,6 @@ class Guest:
         mapped = np.count_nonzero(tables.upper & HUGE) if guest else 0
         return TABLE_PAGES * int(mapped + (np.count_nonzero(tables.ept_pde & HUGE) if host else 0))
 
-    def _progress(self) -> float:
-        if self.phase != "run":
-            return float(self.finished)
-        if self.config.run_ps:
-            return min(1.0, (self.now - self.run_started_ps) / self.config.run_ps)
-        return 1.0 - int(self.machine.state[S.LEFT]) / self.config.transactions
-
     # -- vCPU thread --------------------------------------------------------------------------------------------
 
     def _run(self, until: int) -> int:
@@ -265,6 +261,7 @@ class Guest:
             if reason != NEED_ACCESSES:
                 return reason
             vcpu = int(state[S.TURN])
+            self.watch.executed(vcpu)
             count = self._generate(vcpu)
             field[vcpu, POSITION], field[vcpu, LENGTH] = 0, count
             if count == 0:
@@ -294,6 +291,7 @@ class Guest:
         self.machine.vcpus.histogram[:] = 0
         total_time(self.machine.vcpus, self.machine.counters)
         self.populated = Snapshot.take(self.machine.counters, self.meter)
+        self.watch.begin()
         self._events.add(now, "phase", 0, 0, 1)
 
     # -- faults and interrupts ----------------------------------------------------------------------------------
@@ -418,7 +416,9 @@ class Guest:
         return result
 
     def _drain(self, vcpu: int) -> None:
-        self.tiering.on_samples(self.perf.drain(vcpu))
+        samples = self.perf.drain(vcpu)
+        self.watch.drained(samples)
+        self.tiering.on_samples(samples)
 
     # -- end ----------------------------------------------------------------------------------------------------
 
@@ -452,4 +452,5 @@ class Guest:
     def close(self) -> None:
         """Give the big arrays back."""
         self._events.close()
+        self.watch.close()
         del self.machine, self.nodes, self.view, self.tiering, self.workload, self.memory, self._buffers, self._timers

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from guestd.hotness import score
+from guestd.machine import S
 from guestd.meter import CALLS, STAGES, Meter, meter_cost_ns
 from guestd.vcpu import CLOCK, LATENCY_BIN_SHIFT
-from proto.arrays import Mask, Words
+from proto.arrays import Words
 from proto.counters import EXIT_PARTS, STOLEN_PARTS, C, Counters, flush_totals, split, sum_parts
-from proto.entry import FRAME_MASK, FRAME_SHIFT, HUGE
+from proto.entry import HUGE
 from proto.units import PAGE_SIZE, PS_PER_NS, PS_PER_S, TABLE_PAGES
 
 if TYPE_CHECKING:
@@ -61,7 +61,6 @@ def build_report(guest: Guest) -> dict[str, Any]:
     modelled = meter.modelled_s()
     run_measured_ns = int(meter.book[: len(STAGES)].sum()) - populated.measured_ns
     run_modelled_ps = int(meter.modelled_ps.sum()) - populated.modelled_ps
-    heat = guest.workload.heat()
     report: dict[str, Any] = {
         "id": config.vm,
         "name": config.name,
@@ -134,6 +133,9 @@ def build_report(guest: Guest) -> dict[str, Any]:
     }  # fmt: skip
     if guest.sampling or config.host.pebs == "shared":
         report["pebs"] = {**groups["pebs"], **guest.perf.pmu.report()}
+        if drained := whole["pebs"]["drained_records"]:
+            spent = {"measured": measured["track"], "modelled": modelled["track"]}
+            report["pebs"]["cpu_ns_per_sample"] = {name: spent_s * 1e9 / drained for name, spent_s in spent.items()}
     if config.host.pml:
         entries = whole["pml"]["entries"]
         report["pml"] = {
@@ -141,15 +143,13 @@ def build_report(guest: Guest) -> dict[str, Any]:
             "full_exits": whole["exit"]["pml_full"],
             "useless_ratio": whole["pml"]["useless"] / max(1, entries),
         }
-    if heat is not None and config.fast_pages:
-        report["hotness"] = score(heat, pages_in_fast(guest), config.fast_pages)
-    return report
+    return report | guest.watch.report()
 
 
-def pages_in_fast(guest: Guest) -> Mask:
-    """Which pages (bool[pages]) lie in fast frames, through both tables."""
-    machine = guest.machine
-    mapped = machine.gpt != 0
-    frames = (machine.gpt & FRAME_MASK) >> FRAME_SHIFT
-    slots = (machine.ept[frames] & FRAME_MASK) >> FRAME_SHIFT
-    return mapped & (slots < guest.config.total_pages)
+def progress(guest: Guest) -> float:
+    """Share of the run phase that is done, 0 to 1."""
+    if guest.phase != "run":
+        return float(guest.finished)
+    if guest.config.run_ps:
+        return min(1.0, (guest.now - guest.run_started_ps) / guest.config.run_ps)
+    return 1.0 - int(guest.machine.state[S.LEFT]) / guest.config.transactions

@@ -43,6 +43,13 @@ def _count_touched(ept: Words, stamps: Words) -> int:
     return touched
 
 
+def _bitmap_of(frames: Words, words: int) -> Words:
+    """int64[words] with the bits of ``frames`` set."""
+    bits = np.zeros(64 * words, np.uint8)
+    bits[frames] = 1
+    return np.packbits(bits, bitorder="little").view(np.int64)
+
+
 class Accounts(NamedTuple):
     """A VM's accounts in the host at one time."""
 
@@ -180,6 +187,9 @@ class Vm:
     def prepare(self, now_ps: int, until_ps: int) -> bytes:
         """Run the host's threads for the coming quantum; the operations that the VM executes in it (`OPERATION`s)."""
         self.until_ps = until_ps
+        sample_ps = self.config.sample_ps
+        if self.flat and until_ps // sample_ps > now_ps // sample_ps:
+            self._publish_hot_set()
         self.backed_pages = max(self.backed_pages, sum(self.used()))
         if now_ps < self.config.start_ps or not (self.flat or self._threads):
             return b""
@@ -193,6 +203,13 @@ class Vm:
         for thread in self._threads:
             thread.run(now_ps, until_ps)
         return self.view.take_operations(until_ps)
+
+    def _publish_hot_set(self) -> None:
+        """At the barrier before the one at which the emulator compares it with the truth."""
+        hot = self.tiering.hot_set()
+        if hot is not None:
+            words = self.memory.believed
+            words[0], words[1:] = 1, _bitmap_of(hot, words.size - 1)
 
     def _manage(self, now_ps: int, until_ps: int) -> None:
         """Host-side tiering for the coming quantum."""

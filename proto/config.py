@@ -119,6 +119,8 @@ class GuestConfig(Struct, frozen=True):
     """File to which the guest appends its log lines; empty = none."""
     events_path: str
     """File to which the guest appends `proto.events.EVENT` records; empty = none."""
+    heat_path: str = ""
+    """File to which the guest appends `proto.layout.HEAT` records; empty = page heat is not recorded."""
     stages: dict[str, str] = {}
     """Stages of the policy that were exchanged: tracker, classifier or migrator -> name."""
 

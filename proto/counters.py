@@ -129,6 +129,20 @@ class C(IntEnum):
 
     bytes__migrated = auto()
 
+    truth__believed = auto()
+    """Pages of the policy's hot set. All of this group: the emulator's knowledge, summed over sampling intervals of the
+    run phase (`guestd.hotness`)."""
+    truth__right = auto()
+    """Those of them that are in the true hot set, or as hot as its last ones."""
+    truth__asked = auto()
+    """Pages that any true hot set has."""
+    truth__found = auto()
+    """Those of them that the policy's has."""
+    truth__accesses = auto()
+    truth__fast = auto()
+    truth__oracle_fast = auto()
+    """Accesses that the best placement of each interval would have served from fast memory."""
+
 
 COUNTERS = len(C)
 LEDGER = C.time__halted_ps - C.time__think_ps + 1

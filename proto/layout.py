@@ -1,9 +1,9 @@
-"""Layout of a VM's shared segment, of host operations, and of event records.
+"""Layout of a VM's shared segment, of host operations, of events and heat records.
 
-One segment (a sealed memfd) per VM, mapped by the host and by that guest only: its EPT, the stamps of its frames, its
-dirty bitmaps. A VM's frames are a window of host-physical memory: slot s of the window is hPA frame ``window + s``;
-slots below `fast_capacity` are fast, the others slow. Capacity is the VM's whole memory in each tier (as the double
-balloon sizes its nodes), of which the provisioner backs only a share; untouched slots cost nothing.
+One segment (a sealed memfd) per VM, mapped by the host and by that guest only: its EPT, the stamps of its frames,
+bitmaps of its pages. A VM's frames are a window of host-physical memory: slot s of the window is hPA frame
+``window + s``; slots below `fast_capacity` are fast, the others slow. Capacity is the VM's whole memory in each tier
+(as the double balloon sizes its nodes), of which the provisioner backs only a share; untouched slots cost nothing.
 """
 
 from typing import NamedTuple
@@ -44,6 +44,12 @@ EVENT = np.dtype(
 EVENT_KINDS = ("promote", "demote", "phase")
 
 
+HEAT = np.dtype([("time_ps", "<i8"), ("vm", "<i4"), ("space", "<i4"), ("address", "<i8"), ("accesses", "<i8")])
+"""A line of heat.parquet: accesses to the 2 MiB from ``address`` on in the sampling interval that ended at ``time_ps``;
+``space`` is an index into HEAT_SPACES."""
+HEAT_SPACES = ("gva", "gpa", "hpa")
+
+
 class VmMemory(NamedTuple):
     """Views into a VM's shared segment."""
 
@@ -61,6 +67,9 @@ class VmMemory(NamedTuple):
     dirty: npt.NDArray[np.int64]
     """int64[2, words]: a bit a gPA page that was logged as dirty (PML). Row 0 since the last harvest, as KVM fills it;
     row 1 what that harvest took, for the host to read."""
+    believed: npt.NDArray[np.int64]
+    """int64[1 + words]: 1 if a host-side policy has a notion of hot pages, then a bit for each gPA page that it takes
+    for hot. It is for the emulator, which holds it against the truth."""
     pebs: npt.NDArray[np.int64]
     """int64[words]: with ``host.pebs=shared`` the host's PEBS buffer, one memory for all VMs, an area a vCPU of the
     fleet; otherwise empty."""
@@ -78,15 +87,15 @@ def _sizes(total_pages: int) -> tuple[int, int, int, int]:
 
 
 def segment_bytes(total_pages: int) -> int:
-    """Bytes of a VM's segment: EPT and stamps over two nodes/tiers of the VM's whole size, and the dirty bitmaps."""
+    """Bytes of a VM's segment: EPT and stamps over two nodes/tiers of the VM's whole size, and the bitmaps."""
     leaves, bitmap, pdes, pdptes = _sizes(total_pages)
-    return 16 * (leaves + bitmap) + pdes + pdptes
+    return 8 * (2 * leaves + 3 * bitmap + 1) + pdes + pdptes
 
 
 def view_segment(buffer: memoryview | bytearray, total_pages: int) -> VmMemory:
     """The arrays of a segment laid over ``buffer`` (no copy)."""
     leaves, bitmap, pdes, pdptes = _sizes(total_pages)
-    words = np.frombuffer(buffer, np.int64, 2 * (leaves + bitmap))
+    words = np.frombuffer(buffer, np.int64, 2 * leaves + 3 * bitmap + 1)
     upper = np.frombuffer(buffer, np.uint8, pdes + pdptes, words.nbytes)
     return VmMemory(
         ept=words[:leaves],
@@ -94,6 +103,7 @@ def view_segment(buffer: memoryview | bytearray, total_pages: int) -> VmMemory:
         ept_upper=upper,
         ept_pde=upper[:pdes],
         ept_pdpte=upper[pdes:],
-        dirty=words[2 * leaves :].reshape(2, bitmap),
+        dirty=words[2 * leaves : 2 * (leaves + bitmap)].reshape(2, bitmap),
+        believed=words[2 * (leaves + bitmap) :],
         pebs=np.zeros(0, np.int64),
     )

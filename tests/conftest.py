@@ -71,6 +71,7 @@ def experiment(costs: Costs) -> Experiment:
         scale=Fraction(1),
         engine=EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=2048),
         sample_ps=100 * PS_PER_MS,
+        heat=False,
         hang_timeout_s=60.0,
         tenants=tenants,
     )

@@ -83,12 +83,16 @@ class Tiering:
     def on_samples(self, samples: Words) -> None:
         """PEBS records drained from one vCPU: int64[n, 5] rows (gVA, slow, latency ns, 1 << event, time ps)."""
 
-    def hot_set(self) -> Words | None:
-        """Pages that it believes hot now (int64[n]), None if it has no such notion; the emulator asks, unbooked."""
-        return None
-
     def on_pressure(self, budget_ps: int) -> None:
         """The fast node is below `reclaim_mark`; work for about ``budget_ps``."""
+
+    def hot_set(self) -> Words | None:
+        """Pages of the view that the policy takes for hot now (int64[n], all of a huge page); None: it has no notion.
+
+        The emulator asks at sampling intervals, to compare it with the truth. It is no work of the policy: it must
+        charge nothing, call no metered kernel and change nothing.
+        """
+        return None
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class Workload(ABC):
 
     space: AddressSpace
     mlp: float = 1.0
+    steady: bool = False
+    """`heat` holds at any time of the run phase; else the truth of an interval is what was accessed in it."""
 
     def populate(self, vcpu: int, buffer: Buffer) -> int:
         """Fill the buffer with the next first touches of ``vcpu``; returns how many, 0 when it has none left."""

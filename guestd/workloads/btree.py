@@ -103,6 +103,8 @@ def _heat_leaves(tree: Tree, weight: Words, heat: Words, scratch: Words) -> None
 class BTree(Indexed):
     """See the module."""
 
+    steady = True
+
     def __init__(self, config: GuestConfig) -> None:
         params = resolve(PARAMS, config.workload_params)
         shape = aligned_shape(int(params["order"]))

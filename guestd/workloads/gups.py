@@ -103,6 +103,8 @@ def zipf_bounds(pages: int, exponent: str) -> Words:
 class Gups(Workload):
     """See the module."""
 
+    steady = True
+
     def __init__(self, config: GuestConfig) -> None:
         params = resolve(PARAMS, config.workload_params)
         self.pages = max(2, int(config.total_pages * float(params["footprint"])))

@@ -40,6 +40,8 @@ def _lines(address: Words, kind: Bytes, cursor: Words, start: int,
 class Scan(Workload):
     """See the module."""
 
+    steady = True
+
     def __init__(self, config: GuestConfig) -> None:
         params = resolve(PARAMS, config.workload_params)
         self.pages = max(config.vcpus, int(config.total_pages * float(params["footprint"])))

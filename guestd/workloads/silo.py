@@ -179,6 +179,7 @@ class Silo(Indexed):
 
     def __init__(self, config: GuestConfig) -> None:
         params = resolve(PARAMS, config.workload_params)
+        self.steady = not params["period"]
         tuple_bytes = int(params["tuple_bytes"])
         total_bytes = int(config.total_pages * float(params["footprint"])) * PAGE_SIZE
         per_million = tuple_bytes * 10**6 + nodes_for(MASSTREE, 10**6, False) * MASSTREE.node_bytes

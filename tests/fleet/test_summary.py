@@ -21,7 +21,7 @@ RUN = {
 }  # fmt: skip
 
 UNCERTAIN = ("measured", "wall", "rss", "private", "rtt", "refused", "argv", "process_cpu", "floor", "realtime",
-             "per_s", "slip", "run.", "errors", "by_vm.0.id", "by_vm.1.id")  # fmt: skip
+             "hypercalls_per_s", "slip", "run.", "errors", "by_vm.0.id", "by_vm.1.id")  # fmt: skip
 """Parts of a path that this machine's clock, scheduler or command line can move."""
 
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guestd.report import pages_in_fast, percentiles_ns
+from guestd.hotness import in_fast
+from guestd.report import percentiles_ns
 from guestd.vcpu import LATENCY_BIN_SHIFT, LATENCY_BINS
 from proto.costs import Costs
 from proto.counters import split
@@ -52,8 +53,9 @@ def test_ratios_follow_from_the_counts_beside_them(costs: Costs) -> None:
 @pytest.mark.parametrize("policy", ["none", "h-tpp"])
 def test_pages_in_fast_are_found_through_both_tables(policy: str, costs: Costs) -> None:
     guest, report = run_guest(guest_config(costs, policy))
-    fast = pages_in_fast(guest)
     machine = guest.machine
+    fast = np.zeros(machine.gpt.size, np.uint8)
+    in_fast(machine.gpt, machine.ept, 4096, fast)
     for page in range(0, machine.gpt.size, 7):
         entry = int(machine.gpt[page])
         slot = int(machine.ept[entry >> 12 & ((1 << 28) - 1)]) >> 12 & ((1 << 28) - 1)
