@@ -18,6 +18,7 @@ from fleet import __version__
 from fleet.errors import FleetError, SpecError
 from fleet.names import unknown
 from fleet.trace.cli import app as trace_app
+from fleet.validate.cli import sensitivity, validate
 from proto.errors import ProtoError
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ app.add_typer(hosts_app, name="hosts")
 app.add_typer(
     trace_app, name="trace", help="Import recorded memory accesses, and look into them.", no_args_is_help=False
 )
+
+app.command()(validate)
+app.command()(sensitivity)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 
