@@ -94,7 +94,7 @@ def word_cells(of: Plan) -> dict[str, Experiment]:
     base: dict[str, object] = {
         "vcpus": 2, "memory": "16GiB", "fast_ratio": "1/4", "seconds": 0.5, "scale": str(WORD_SCALE), "seed": of.seed,
     }  # fmt: skip
-    sampling = {"policy.load_period": 29, "policy.load_latency_ns": 3}
+    sampling = {"policy.load_period": 29, "policy.load_latency_ns": 3, "policy.epoch_ms": 20}
     found = {}
     for policy in ("none", *TABLE_POLICIES, *FIGURE_POLICIES):
         if policy in of.policies:
