@@ -21,6 +21,7 @@ from fleet.names import unknown
 from fleet.report.cli import report
 from fleet.sweep.cli import sweep
 from fleet.trace.cli import app as trace_app
+from fleet.validate.cli import sensitivity, validate
 from proto.errors import ProtoError
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ app.command()(sweep)
 
 app.command()(conformance)
 app.command()(report)
+
+app.command()(validate)
+app.command()(sensitivity)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 

@@ -122,6 +122,16 @@ def exact(resolved: Costs, key: str) -> str:
     return f"{getattr(getattr(resolved, tier) if tier else resolved, field)} {next(iter(_units(key)))}"
 
 
+def in_unit(resolved: Costs, figure: Figure, profile: Profile) -> float:
+    """A figure as ``resolved`` has it, in the unit in which the profile gives it; of a curve, its last factor."""
+    tier, field = _fields()[figure.key]
+    value = getattr(getattr(resolved, tier) if tier else resolved, field)
+    if field in _CURVES:
+        return value[-1][1] / 1000
+    factor = Fraction(10**6) / profile.clock_mhz if figure.unit == "cycles" else _units(figure.key)[figure.unit]
+    return round(float(value / Fraction(factor)), 6)
+
+
 def checked(resolved: Costs, where: str) -> Costs:
     """``resolved`` itself, if the engine can work with it. Raises ProfileError that begins with ``where``."""
     for key, (tier, field) in _fields().items():

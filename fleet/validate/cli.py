@@ -1,0 +1,153 @@
+"""``fleet validate`` and ``fleet sensitivity``."""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fleet.errors import SpecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+DEFAULT_SCALE = "1/512"
+
+
+def validate(
+    scale: Annotated[
+        str, typer.Option(metavar="F", help="Factor on memory, caches, updates and times.")
+    ] = DEFAULT_SCALE,
+    full: Annotated[bool, typer.Option("--full", help="The real size: 36 vCPUs, 144 GiB. Hours.")] = False,
+    updates: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Updates of the table's GUPS before scale, which are not published."),
+    ] = None,
+    costs: Annotated[
+        str, typer.Option(metavar="none|quick|all", help="Unpublished costs to move for a verdict's range.")
+    ] = "quick",
+    claim: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Only this claim and the runs it needs; repeatable.")
+    ] = None,
+    price: Annotated[float, typer.Option(metavar="P", min=0, help="Price of a core, for the TCO.")] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="K", min=0, help="Seed of all randomness.")] = 1,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where runs are kept; the same again runs only what is missing.")
+    ] = Path("runs/validate"),
+    as_json: Json = False,
+) -> None:
+    """Emulate the published experiments and put published and emulated figures side by side, with a verdict each.
+
+    \b
+    Examples:
+      fleet validate
+      fleet validate --scale 1/128 --costs all --out runs/check
+      fleet validate --claim flushes_h_over_g --claim pml_no_filter
+      fleet validate --full --costs none
+    """
+    import msgspec
+
+    from fleet.atomic import write_atomic
+    from fleet.validate import experiments, runner, table
+
+    most = {"none": 0, "quick": runner.QUICK_COSTS, "all": 99}
+    if costs not in most:
+        raise SpecError(f"--costs: must be one of {', '.join(most)}, not {costs!r}")
+    plan = experiments.plan(_scale("1" if full else scale), updates, seed)
+    console, progress = _consoles()
+    with _watching(progress) as watcher:
+        report = runner.check(plan, most[costs], price, out, watcher, claim or [])
+    plain = json.dumps(msgspec.to_builtins(report), indent=2) + "\n"
+    write_atomic(out / "validate.json", plain)
+    if as_json:
+        sys.stdout.write(plain)
+    else:
+        table.print_report(report, console)
+    raise typer.Exit(1 if report.failed else 0)
+
+
+def sensitivity(
+    spec: Annotated[Path, typer.Argument(help="Experiment as a TOML file.")],
+    *,
+    metric: Annotated[str, typer.Option(metavar="M", help="A path into summary.json, e.g. elapsed.virtual_s.")],
+    cost: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this cost; repeatable.")] = None,
+    grade: Annotated[
+        list[str] | None, typer.Option(metavar="G", help="Only costs of this grade, e.g. estimated; repeatable.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in fleet run; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results [runs/sensitivity-SPEC]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Move each cost of the host profile over its plausible range and say which ones a metric depends on.
+
+    \b
+    Examples:
+      fleet sensitivity examples/tlb_flush.toml --metric elapsed.virtual_s
+      fleet sensitivity examples/tlb_flush.toml --metric "sum(vms[*].flushes.total)" --cost invept --cost vmexit
+      fleet sensitivity examples/tlb_flush.toml --metric vms[*].throughput_mops --grade estimated --out runs/guesses
+    """
+    import msgspec
+
+    from fleet import hosts, tornado
+    from fleet.sensitivity import analyse, choose, write
+    from fleet.spec import load
+
+    experiment = load(spec, {}, setting or [])
+    profile = hosts.load_profile(_host(spec), spec.parent)
+    figures = choose(profile, cost or [], grade or [])
+    if not figures:
+        raise SpecError("no cost to move: --cost and --grade leave none")
+    directory = out or Path("runs") / f"sensitivity-{spec.stem}"
+    console, progress = _consoles()
+    with _watching(progress) as watcher:
+        effects = analyse(experiment, figures, profile, metric, directory, watcher)
+    path = write(effects, directory)
+    for name in ("tornado.png", "tornado.svg"):
+        tornado.draw(effects, directory / name)
+    if as_json:
+        sys.stdout.write(json.dumps(msgspec.to_builtins(effects), indent=2) + "\n")
+        return
+    tornado.print_effects(effects, console)
+    console.print(f"figure:  {directory / 'tornado.png'}", markup=False, soft_wrap=True)
+    console.print(f"results: {path}", markup=False, soft_wrap=True)
+
+
+def _scale(text: str) -> Any:
+    from fractions import Fraction
+
+    try:
+        scale = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise SpecError(f"--scale {text}: not a fraction; write e.g. 1/256") from None
+    if not 0 < scale <= 1:
+        raise SpecError(f"--scale {text}: must be above 0 and at most 1")
+    return scale
+
+
+def _host(spec: Path) -> str:
+    """The profile that a spec file names."""
+    import tomllib
+
+    from fleet.hosts import DEFAULT_PROFILE
+
+    return str(tomllib.loads(spec.read_text("utf-8")).get("host", DEFAULT_PROFILE))
+
+
+def _consoles() -> tuple["Console", "Console"]:
+    """For the result, and for progress on standard error."""
+    from rich.console import Console
+
+    tty = sys.stdout.isatty()
+    return Console(highlight=False) if tty else Console(highlight=False, width=160), Console(stderr=True)
+
+
+def _watching(console: "Console") -> Any:
+    from fleet.cells import default_watcher
+
+    watcher = default_watcher(console)
+    return watcher if hasattr(watcher, "__enter__") else nullcontext(watcher)
