@@ -3,9 +3,9 @@
 ksampled visits the perf rings every 2 ms; how much it may use of a CPU decides, by one step each 15 s, how often the
 PMU samples. Of the histogram (`guestd.tiering.histogram`) the hottest bins that fit fast memory are hot. kmigrated,
 every 500 ms, keeps fast memory free, promotes hot pages and splits huge pages whose heat is skewed. From public code
-(linux/mm/htmm_*.c), where it and the paper differ. Left out: samples lost to a contended mmap_lock; quota 0, with which
-ksampled never sleeps; limits per memcg (the node is the limit); dropping sub-pages that were never written; the order of
-file pages. What the code does in passes of rising priority, or by eighths of a list twelve times a wake-up, is one pass.
+(linux/mm/htmm_*.c), where it and the paper differ. Left out: samples lost to a contended mmap_lock; quota 0, with
+which ksampled never sleeps; limits per memcg (the node is the limit); dropping sub-pages that were never written; the
+order of file pages. What the code does in passes of rising priority, or by eighths of a list twelve times, is one pass.
 """
 
 import numpy as np
