@@ -110,6 +110,7 @@ class Guest:
         self.view = GuestView(
             self.machine, self.nodes, self.meter, config, self._schedule_policy, self._ept_fault, self._events
         )
+        self.view.program_pmu = self.perf.program
         # A host-side policy runs in the host; here the guest manages nothing.
         self.tiering = Tiering(self.view, params) if host_side else self.policy.create(self.view, params)
         heat = self.workload.heat() if self.policy.places_by_heat else None

@@ -17,7 +17,7 @@ from guestd.mm.nodes import FAST, NO_PAGE, Nodes, allocate
 from guestd.pebs import Pebs
 from guestd.pmu import Pmu
 from guestd.tiering.policy import Sampling
-from guestd.vcpu import CLOCK, EPT_REFAULT, book
+from guestd.vcpu import CLOCK, EPT_REFAULT, INTERRUPT, book
 from proto.arrays import Words
 from proto.config import GuestConfig
 from proto.counters import C
@@ -96,6 +96,18 @@ class PerfEvents:
         self._hold(vcpu, gpfns)
         self.pmu.resolved(vcpu)
         self._machine.counters[C.pebs__ept_violations] += gpfns.size
+
+    def program(self, sampling: Sampling) -> None:
+        """Sample otherwise from now on: perf_event_period on each CPU, by IPI (kernel/events/core.c).
+
+        Counters begin anew at minus their period (period_left = 0, PERF_EF_RELOAD). Records that wait are kept; Linux
+        drains them when it stops the event, here that is at the next context switch.
+        """
+        costs, vcpus = self._config.costs, self._config.vcpus
+        self.sampling = sampling
+        self.pmu.program(sampling)
+        self._meter.charge(vcpus * (costs.shootdown_base_ps + costs.shootdown_target_ps))
+        book(self._machine.vcpus, np.arange(vcpus), INTERRUPT, costs.ipi_receive_ps)
 
     def drain(self, vcpu: int) -> Words:
         """Empty a vCPU's buffer: `Pmu.drain`'s rows. Work of the stage `track`."""

@@ -15,7 +15,8 @@ from fleet import hosts
 from fleet.errors import FleetError, OutputError, ProfileError, SpecError
 from fleet.report.cells import Cell
 from fleet.report.table import Column, Table, Value
-from fleet.spec import DEFAULTS, GROUP_KEYS, RUN_KEYS, Kind, Registries, installed
+from fleet.spec import DEFAULTS, Kind, Registries, installed
+from fleet.spec_layers import GROUP_KEYS, RUN_KEYS
 from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS
 from fleet.spec_values import Given, exact_size, exact_time, parameter
 from guestd.params import Param

@@ -1,7 +1,10 @@
 """What a tiering algorithm can find out about memory: the reading half of `guestd.tiering.view.PageView`."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +18,13 @@ from proto.arrays import Ints, Mask, Words
 from proto.costs import Costs
 from proto.counters import Counters
 from proto.entry import Entries
+
+if TYPE_CHECKING:
+    from guestd.tiering.policy import Sampling
+
+
+def _no_pmu(sampling: Sampling) -> None:
+    raise ValueError("this view has no PMU; only a guest's has, and only for a policy that samples from the start")
 
 
 class Observations(ABC):
@@ -33,6 +43,8 @@ class Observations(ABC):
         self.pages = pages
         self.schedule = schedule
         """``schedule(name, at_ps)``: ask for `Tiering.on_timer(name)` at a virtual time."""
+        self.program_pmu: Callable[[Sampling], None] = _no_pmu
+        """``program_pmu(sampling)``: sample otherwise from now on; see `guestd.perf_events.PerfEvents.program`."""
         self._half = nodes.page.size // 2
         self.hint_fault_ps = costs.hint_fault_ps
         """What a NUMA hint fault costs in this view, without migration."""

@@ -4,12 +4,21 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 
-from guestd.tiering import bounds, hyperplace, none, oracle, tpp
+from guestd.tiering import bounds, hyperplace, memtis, none, oracle, tpp
 from guestd.tiering.policy import PluginError, Policy
 from guestd.tiering.stage import Stage, with_stages
 
 GROUP = "tierfleet.policies"
-BUILT_IN = (none.POLICY, bounds.ALL_SLOW, bounds.ALL_FAST, oracle.POLICY, tpp.G_TPP, tpp.H_TPP, hyperplace.POLICY)
+BUILT_IN = (
+    none.POLICY,
+    bounds.ALL_SLOW,
+    bounds.ALL_FAST,
+    oracle.POLICY,
+    tpp.G_TPP,
+    tpp.H_TPP,
+    memtis.POLICY,
+    hyperplace.POLICY,
+)
 
 
 @cache

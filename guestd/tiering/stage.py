@@ -169,6 +169,11 @@ class Classifier(_StageBase):
         with self.view.meter.stage(CLASSIFY):
             return self._demotions(need)
 
+    def splittable(self, limit: int) -> Words:
+        """Up to ``limit`` huge pages that are better split, the best first (int64[n])."""
+        with self.view.meter.stage(CLASSIFY):
+            return self._splittable(limit)
+
     def hot_set(self) -> Words | None:
         """Pages that it believes hot now (int64[n]), None if it has no such notion; the emulator asks, unbooked."""
         return None
@@ -188,6 +193,9 @@ class Classifier(_StageBase):
 
     def _demotions(self, need: int) -> Words:
         raise NotImplementedError
+
+    def _splittable(self, limit: int) -> Words:
+        return np.zeros(0, np.int64)
 
 
 class Migrator(_StageBase):
