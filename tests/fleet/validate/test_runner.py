@@ -27,7 +27,7 @@ def fleet(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(400)  # the first run of a machine compiles
 def test_the_command_puts_emulated_beside_published(tmp_path: Path) -> None:
-    flags = ["--scale", "1/1024", "--updates", "400000000", "--out", tmp_path]
+    flags: list[str | Path] = ["--scale", "1/1024", "--updates", "400000000", "--out", tmp_path]
     keys = ("time_h_over_g", "pebs_isolated", "legacy_pebs_crashes", "pml_no_filter")
     done = fleet(*flags, *(word for key in keys for word in ("--claim", key)), "--json")
     assert done.returncode == 0, done.stderr
