@@ -15,7 +15,7 @@ not meet its own page-table lines in a cache line by line, their places are expe
 
 from typing import NamedTuple
 
-from guestd.jit import assume, inline, int32
+from guestd.jit import assume, inline, int32, int64
 from guestd.pml import Pml, set_dirty
 from guestd.tlb import CONTEXT_BITS
 from proto.arrays import Bytes, Ints, Words
@@ -34,6 +34,8 @@ from proto.entry import (
 
 WAYS = 4
 """Associativity of the paging-structure caches and the nested TLB; their ways are replaced in turn (unpublished)."""
+DIFFERENCE = (1 << 32) - 1
+"""The bits of a difference of tags."""
 EPTP_BITS = 3
 EPTP_MASK = (1 << EPTP_BITS) - 1
 
@@ -109,9 +111,13 @@ def cached(tags: Ints, base: int, mask: int, number: int, key: int) -> bool:
         return False
     start = base + (number & mask) * WAYS
     assume(start >= 0)
-    tag = int32(key)
-    low, high = (tags[start] == tag) | (tags[start + 1] == tag), (tags[start + 2] == tag) | (tags[start + 3] == tag)
-    return low | high
+    # A difference of 0 is the only one that turns negative: one test for all ways, as nobody can predict which it is.
+    tag = int64(int32(key))
+    found = (int64(tags[start]) ^ tag) & DIFFERENCE
+    found = (found - 1) | (((int64(tags[start + 1]) ^ tag) & DIFFERENCE) - 1)
+    found |= ((int64(tags[start + 2]) ^ tag) & DIFFERENCE) - 1
+    found |= ((int64(tags[start + 3]) ^ tag) & DIFFERENCE) - 1
+    return bool(found < 0)
 
 
 @inline
