@@ -34,14 +34,20 @@ def fleet(folder: Path, *settings: str, spec: str = SPEC) -> tuple[subprocess.Co
 
 
 LEGACY = ("host.pebs=legacy", "guest.ds_prefault=false")
-DEATHS = {"lazy buffer": LEGACY, "swapped out": ("host.pebs=legacy", "host.swap_pages_per_s=800000")}
+SLOWLY = SPEC.replace("load_period = 29, store_period = 101", "load_period = 257, store_period = 1009")
+"""A buffer page is idle for longer than the swap thread takes to come round (10 ms); nothing drains it before."""
+DEATHS = {
+    "lazy buffer": (SPEC, LEGACY),
+    "swapped out": (SLOWLY, ("host.pebs=legacy", "host.swap_pages_per_s=400000", "guest.sched_slice=50ms")),
+}
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("how", DEATHS)
 def test_legacy_pebs_kills_the_vm_whose_record_meets_an_ept_violation_and_no_other(how: str, tmp_path: Path) -> None:
     """Of a buffer that the guest's kernel never touched, and of a stock guest's that the host has swapped out."""
-    done, summary = fleet(tmp_path, *DEATHS[how])
+    spec, settings = DEATHS[how]
+    done, summary = fleet(tmp_path, *settings, spec=spec)
     assert done.returncode == 1
     (error,) = summary["errors"]
     assert (error["vm"], error["kind"]) == (0, "pebs_ept_violation")
