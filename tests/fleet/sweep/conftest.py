@@ -20,6 +20,7 @@ ROOT = Path(hosts.__file__).parent.parent
 
 TINY = """
 name = "tiny"
+where = "vms == 1 or policy == 'g-tpp'"
 [base]
 seconds = 0.3
 memory = "16MiB"
@@ -28,7 +29,7 @@ workload = "scan"
 vms = "1..2"
 policy = "g-tpp,none"
 """
-CELLS = 4
+CELLS = 3
 
 
 def fleet(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
