@@ -25,6 +25,7 @@ where = "vms == 1 or policy == 'g-tpp'"
 seconds = 0.3
 memory = "16MiB"
 workload = "scan"
+set.policy.scan_delay_ms = 20
 [axes]
 vms = "1..2"
 policy = "g-tpp,none"

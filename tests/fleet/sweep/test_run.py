@@ -90,7 +90,7 @@ def test_a_failed_cell_costs_no_other_and_is_only_run_again_on_demand(tmp_path: 
     # Legacy PEBS meets memory that nobody has touched yet: the VM dies of it.
     file.write_text(
         '[base]\npolicy = "hyperplace"\nmemory = "4GiB"\nscale = "1/256"\nseconds = 0.1\n'
-        'set.guest.ds_prefault = false\n[axes]\nset.host.pebs = ["legacy", "ept-friendly"]\n'
+        'set.policy.epoch_ms = 20\nset.guest.ds_prefault = false\n[axes]\nset.host.pebs = ["legacy", "ept-friendly"]\n'
     )
     out = tmp_path / "out"
     first = fleet("sweep", file, "--out", out)
