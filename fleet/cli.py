@@ -18,15 +18,16 @@ from fleet import __version__
 from fleet.conformance_cli import conformance
 from fleet.errors import FleetError, SpecError
 from fleet.names import unknown
+from fleet.plain_table import print_table as _print_table
 from fleet.report.cli import report
 from fleet.sweep.cli import sweep
+from fleet.sweep.results_cli import app as results_app
+from fleet.sweep.results_cli import compare
 from fleet.trace.cli import app as trace_app
 from fleet.validate.cli import sensitivity, validate
 from proto.errors import ProtoError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fleet.hosts import Profile
     from fleet.spec import Kind
     from guestd.tiering.stage import Stage
@@ -45,10 +46,10 @@ app.add_typer(
     trace_app, name="trace", help="Import recorded memory accesses, and look into them.", no_args_is_help=False
 )
 app.command()(sweep)
-
+app.add_typer(results_app, name="results", help="Look into the results of sweeps and runs.")
+app.command()(compare)
 app.command()(conformance)
 app.command()(report)
-
 app.command()(validate)
 app.command()(sensitivity)
 
@@ -349,25 +350,6 @@ def _outlive_readers() -> None:
 
 def _complain(message: str) -> None:
     print("fleet: " + " ".join(message.split()), file=sys.stderr)
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    # Piped output keeps a line a row: who pipes wants to grep.
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=2000)
-
-
-def _print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for number, title in enumerate(heading):
-        table.add_column(title, no_wrap=number == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    _console().print(table)
 
 
 def _print_json(value: object) -> None:

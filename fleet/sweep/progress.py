@@ -43,13 +43,13 @@ class Display:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
-        self._live = Live(console=console, transient=True, get_renderable=self._render) if console.is_terminal else None
         self._weights: dict[str, float] = {}
         self._running: dict[str, tuple[str, float]] = {}
         self._failed: list[str] = []
         self._total = self._already = self._ended = 0
         self._start_s = clock()
         self._ended_weight = 0.0
+        self._live = Live(console=console, transient=True, get_renderable=self._render) if console.is_terminal else None
 
     def __enter__(self) -> Self:
         if self._live:

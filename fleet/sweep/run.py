@@ -44,11 +44,13 @@ def run_cells(
         if text is not None:
             write_atomic(out / "sweep.toml", text)
         store.plan(name or out.name, points)
-        status = {point.hash: store.status(point) for point in points}
+        unique: dict[str, Point] = {}
+        for point in points:
+            unique.setdefault(point.hash, point)
         again = ("missing", "failed") if rerun_failed else ("missing",)
-        todo = list({point.hash: point for point in reversed(points) if status[point.hash] in again}.values())[::-1]
+        todo = [point for point in unique.values() if store.status(point) in again]
         rate = estimate.rate(load(out))
-        watcher.begin(todo, [estimate.seconds(point.experiment, rate) for point in todo], len(status) - len(todo))
+        watcher.begin(todo, [estimate.seconds(point.experiment, rate) for point in todo], len(unique) - len(todo))
         try:
             if todo:
                 (engine or LocalEngine(jobs)).run(todo, store, watcher)

@@ -28,7 +28,9 @@ class Outcome:
         return json.loads(self.out)
 
 
-@pytest.mark.parametrize("command", ["run", "policies", "workloads", "hosts", "doctor", "version", "trace"])
+@pytest.mark.parametrize(
+    "command", ["run", "sweep", "compare", "policies", "workloads", "hosts", "doctor", "version", "trace"]
+)
 def test_every_command_explains_itself_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     done = Outcome(capsys, command, "--help")
     assert done.code == 0
@@ -40,7 +42,7 @@ def test_every_command_explains_itself_with_an_example(command: str, capsys: pyt
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     done = Outcome(capsys)
     assert (done.code, done.err) == (0, "")
-    for command in ("run", "policies", "workloads", "hosts", "trace", "doctor"):
+    for command in ("run", "sweep", "results", "compare", "policies", "workloads", "hosts", "trace", "doctor"):
         assert f"\n  {command} " in done.out
 
 

@@ -20,15 +20,17 @@ ROOT = Path(hosts.__file__).parent.parent
 
 TINY = """
 name = "tiny"
+where = "vms == 1 or policy == 'g-tpp'"
 [base]
 seconds = 0.3
 memory = "16MiB"
 workload = "scan"
+set.policy.scan_delay_ms = 20
 [axes]
 vms = "1..2"
 policy = "g-tpp,none"
 """
-CELLS = 4
+CELLS = 3
 
 
 def fleet(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ repetitions = 2
 [base]
 seconds = 0.02
 seed = 40
+set.policy.scan_delay_ms = 5
 set.guest.hz = 200
 
 [axes]
