@@ -9,6 +9,7 @@ from fleet.errors import OutputError
 from fleet.report import counters, cpu, series_over_time, tornado
 from fleet.report.cells import Cell, load
 from fleet.report.figure import Gallery
+from fleet.report.heat import heat_maps
 from fleet.report.moves import move_traces
 from fleet.report.parameters import parameters_table
 from fleet.report.provenance_table import errors_table, provenance_table
@@ -54,6 +55,7 @@ def read(directory: Path) -> Report:
     gallery = Gallery()
     gallery.add(cpu.cores_by_vms(found), cpu.by_stage(found))
     gallery.add(series_over_time.throughput(lines, note), series_over_time.fast_share(lines, note))
+    gallery.add(series_over_time.accuracy(lines, note), *heat_maps(cells))
     gallery.add(counters.flushes(found), counters.latency(found), counters.occupancy(found))
     gallery.add(*move_traces(cells), *tornado.tornadoes(directory))
     return Report(directory, _title(directory, cells), cells, tables, gallery)

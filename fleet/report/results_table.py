@@ -11,6 +11,7 @@ _FIGURES = (
     (Column("throughput", "M accesses/s"), "throughput_mops", True, 1),
     (Column("fast share", "%"), "access.fast_ratio", False, 100),
     (Column("oracle", "%"), "hotness.oracle_fast_ratio", False, 100),
+    (Column("of oracle", "%"), "hotness.share_of_oracle", False, 100),
     (Column("precision", "%"), "hotness.precision", False, 100),
     (Column("recall", "%"), "hotness.recall", False, 100),
     (Column("F1", "%"), "hotness.f1", False, 100),

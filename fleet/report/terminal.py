@@ -24,7 +24,9 @@ def print_report(report: Report, page: Path, console: Console) -> None:
     if report.tables[0].title == "VMs" and run is not None:
         print_summary(run, console)
     else:
-        _print_table(report.tables[0], console)
+        for table in report.tables:
+            if table.key in ("results", "errors"):
+                _print_table(table, console)
     for figure in report.gallery.figures:
         if figure.key in ("fast-share", "throughput"):
             _sparklines(figure, console)

@@ -1,7 +1,7 @@
 """The sensitivity tornado: how far each cost of the host profile moves a metric over its plausible range.
 
 Drawn from ``sensitivity.json``, a list of {cost, unit, low, default, high, metric, at_low, at_default, at_high, grade,
-source}: for each cost the metric with the cost at the ends of its range and at its default.
+source}: for each cost the metric with the cost at the ends of its range (null: that run failed) and at its default.
 """
 
 import json
@@ -29,14 +29,16 @@ def tornadoes(directory: Path) -> list[Figure | Absent]:
         raise OutputError(f"{path}: not a list of varied costs: {type(error).__name__}: {error}") from None
 
 
-def _tornado(metric: str, rows: list[dict[str, Any]], number: int) -> Figure:
+def _tornado(metric: str, rows: list[dict[str, Any]], number: int) -> Figure | Absent:
     def width(row: dict[str, Any]) -> float:
-        return max(row["at_low"], row["at_high"], row["at_default"]) - min(
-            row["at_low"], row["at_high"], row["at_default"]
-        )
+        met = [value for name in ("at_low", "at_default", "at_high") if (value := row[name]) is not None]
+        return max(met) - min(met)
 
     rows = sorted(rows, key=lambda row: (-width(row), row["cost"]))
-    most, still = rows[:MOST_COSTS], sum(width(row) == 0 for row in rows)
+    most, still = [row for row in rows if width(row)][:MOST_COSTS], sum(width(row) == 0 for row in rows)
+    failed = [row["cost"] for row in rows if None in (row["at_low"], row["at_high"])]
+    if not most:
+        return Absent(f"Sensitivity of {metric}", f"none of {len(rows)} costs moves it")
     base = values([row["at_default"] for row in most])
     places = positions(len(most))
     series = (
@@ -47,15 +49,24 @@ def _tornado(metric: str, rows: list[dict[str, Any]], number: int) -> Figure:
     )  # fmt: skip
     labels = tuple(f"{r['cost']} {r['low']:g}..{r['high']:g} {r['unit']} [{r['grade']}]" for r in most)
     note = f"Bars start at the metric with every cost at its default. {still} of {len(rows)} costs do not move it."
-    if len(rows) > len(most):
+    if failed:
+        note += f" Failed at an end of its range: {', '.join(failed)}."
+    if len(rows) - still > len(most):
         note += f" The {len(most)} widest are drawn."
     key = "tornado" if number == 1 else f"tornado-{number}"
     return Figure(
         key,
         f"Sensitivity of {metric}",
         Axis("", "", categories=labels),
-        Axis(metric, ""),
+        Axis(metric, "", limits=_limits(most)),
         series,
         note,
         horizontal=True,
     )
+
+
+def _limits(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """What is met of the metric, with a margin: how far it is from 0 is not the question."""
+    met = [row[name] for row in rows for name in ("at_low", "at_default", "at_high") if row[name] is not None]
+    margin = 0.06 * (max(met) - min(met))
+    return min(met) - margin, max(met) + margin
