@@ -145,6 +145,7 @@ def _dress(axes: "Axes", figure: Figure) -> None:
         axes.set_yticks(range(len(upward.categories)), upward.categories, fontsize=8)
         axes.invert_yaxis()
     if upward.addresses is not None:
+        axes.set_ylim(0, upward.addresses.size)
         ticks = upward.addresses.ticks()
         axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks], fontsize=8, family="monospace")
     if figure.matrix is None:

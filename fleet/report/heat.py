@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fleet.report.addresses import CHUNK, Addresses, AddressMap
-from fleet.report.cells import Cell
 from fleet.report.figure import NO_MARKER, Absent, Axis, Figure, Look, Matrix, Series, Values
 from fleet.report.series_over_time import TIME
 from fleet.report.subject import chosen_vms
+from fleet.sweep.store import Cell
 from proto.units import PAGE_SIZE
 
 MOST_ROWS = 400

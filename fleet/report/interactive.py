@@ -77,6 +77,7 @@ def _axis(axis: Axis, figure: Figure) -> dict[str, Any]:
     if axis.addresses is not None:
         ticks = axis.addresses.ticks()
         form |= {"tickvals": [place for place, _ in ticks], "ticktext": [label for _, label in ticks]}
+        form["range"] = [0, axis.addresses.size]
     if axis.limits:
         form["range"] = list(axis.limits)
     elif axis is figure.y and not axis.log and axis.addresses is None:

@@ -9,11 +9,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fleet.report.addresses import Addresses, AddressMap
-from fleet.report.cells import Cell
 from fleet.report.figure import Absent, Axis, Figure, Look, Series, Values
 from fleet.report.heat import address_space
 from fleet.report.series_over_time import TIME
 from fleet.report.subject import chosen_vms
+from fleet.sweep.store import Cell
 
 _LOOKS = {
     "promote": Look(marker=2, colour=0),

@@ -14,12 +14,12 @@ import msgspec
 
 from fleet import hosts
 from fleet.errors import OutputError, ProfileError, SpecError
-from fleet.report.cells import Cell
 from fleet.report.table import Column, Table
 from fleet.spec import DEFAULTS, Kind, Registries, installed
 from fleet.spec_layers import GROUP_KEYS, RUN_KEYS
 from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS
 from fleet.spec_values import Given, exact_size, exact_time, parameter
+from fleet.sweep.store import Cell
 from guestd.params import Param
 from proto.costs import Costs
 

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from fleet.report.cells import Cell
 from fleet.report.table import Column, Table, Value, flat
+from fleet.sweep.store import Cell
 
 
 def provenance_table(cells: Sequence[Cell]) -> Table:

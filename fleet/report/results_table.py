@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from fleet.report.cells import Cell
 from fleet.report.subject import Spread, Subject, is_run
 from fleet.report.table import Column, Table, Value
+from fleet.sweep.store import Cell
 
 _FIGURES = (
     # column, path in a VM's entry, whether VMs add up, factor

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fleet.report.cells import Cell
 from fleet.report.figure import NO_MARKER, Absent, Axis, Figure, Look, Series, Values
 from fleet.report.subject import cell_label, is_run, typical, vm_label
+from fleet.sweep.store import Cell
 
 MOST_SHOWN = 8
 """Lines that are drawn at first; the others are in the legend."""
@@ -76,13 +76,10 @@ def fast_share(found: Sequence[Track], note: str) -> Figure | Absent:
     series: list[Series] = []
     for index, track in enumerate(found):
         series.append(Series(track.label, track.time_s, 100 * track.fast_ratio, Look.number(index), shown=track.shown))
-    levels: dict[tuple[float, ...], list[int]] = {}
-    for index, track in enumerate(found):
-        if not np.isnan(track.oracle).all():
-            levels.setdefault(tuple(np.round(track.oracle, 6).tolist()), []).append(index)
-    for members in levels.values():
+    best = _alike(found)
+    for members in best:
         track = found[members[0]]
-        label = "oracle" if len(levels) == 1 else f"oracle of {track.label}" + (" and others" if members[1:] else "")
+        label = "oracle" if len(best) == 1 else f"oracle of {track.label}" + (" and alike" if members[1:] else "")
         look = Look(dash=2, marker=NO_MARKER, colour=members[0])
         shown = any(found[index].shown for index in members)
         series.append(Series(label, track.time_s, 100 * track.oracle, look, shown=shown))
@@ -90,11 +87,27 @@ def fast_share(found: Sequence[Track], note: str) -> Figure | Absent:
         return Absent(title, NOTHING)
     about = (
         "Oracle: the share that the best placement of the pages would give."
-        if levels
+        if best
         else "No oracle: none of these workloads tells its own heat."
     )
     axis = Axis("accesses to the fast tier", "%", limits=(0, 100))
     return Figure("fast-share", title, TIME, axis, tuple(series), f"{about} {note}".strip())
+
+
+def _alike(found: Sequence[Track]) -> list[list[int]]:
+    """Tracks with an oracle, in groups whose oracles are within one percentage point of the first's: one line each."""
+    groups: list[list[int]] = []
+    for index, track in enumerate(found):
+        if np.isnan(track.oracle).all():
+            continue
+        for group in groups:
+            first = found[group[0]].oracle
+            if len(first) == len(track.oracle) and np.allclose(first, track.oracle, 0.0, 0.01, equal_nan=True):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
 
 
 def accuracy(found: Sequence[Track], note: str) -> Figure | Absent:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fleet.report.cells import Cell
+from fleet.sweep.store import Cell
 from fleet.table import figure as figure_at
 
 Vm = Mapping[str, Any]

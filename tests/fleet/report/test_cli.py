@@ -20,7 +20,7 @@ from fleet import run
 ROOT = Path(run.__file__).parent.parent
 SMALL = (
     "--memory", "256MiB", "--scale", "1/16", "--seconds", "0.5", "--sample", "20ms", "--json",
-    "--set", "policy.scan_period_max_ms=1000",
+    "--set", "policy.scan_period_max_ms=1000", "--set", "policy.scan_delay_ms=100",
 )  # fmt: skip
 pytestmark = pytest.mark.timeout(400)  # the first run of a machine compiles
 
@@ -121,7 +121,6 @@ def sweep(single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cells of 1 and 2 VMs, the larger one twice; one that failed and one that was never run."""
     directory = tmp_path_factory.mktemp("sweep") / "sweep"
     (directory / "cells").mkdir(parents=True)
-    (directory / "sweep.toml").write_text('name = "two"\n[base]\npolicy = "g-tpp"\n[axes]\nvms = [1, 2, 3, 4]\n')
     done = fleet("run", "--vms", "1", "--policy", "g-tpp", *SMALL, "--out", directory / "cells" / "a")
     assert done.returncode == 0, done.stderr
     for name in ("b", "c"):
@@ -129,11 +128,14 @@ def sweep(single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "cells" / "d").mkdir()
     (directory / "cells" / "d" / "FAILED").write_text("the host died\n")
     (directory / "cells" / "e").mkdir()
+    plan = []
     for name, vms, repetition in (("a", 1, 0), ("b", 2, 0), ("c", 2, 1), ("d", 3, 0), ("e", 4, 0)):
         entry = {"cell": name, "axes": {"vms": vms}, "repetition": repetition, "seed": 1}
         (directory / "cells" / name / "cell.json").write_text(json.dumps(entry))
+        plan.append(entry)
         if name < "d":
             (directory / "cells" / name / "DONE").touch()
+    (directory / "plan.json").write_text(json.dumps({"name": "two", "cells": plan}))
     return directory
 
 

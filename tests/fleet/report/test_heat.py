@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.report.addresses import CHUNK, AddressMap
-from fleet.report.cells import Cell
 from fleet.report.figure import Absent, Figure, Matrix
 from fleet.report.heat import MOST_COLUMNS, MOST_ROWS, bin_heat, heat_maps, outline, promoted_cells
+from fleet.sweep.store import Cell
 from proto.units import PAGE_SIZE
 
 BASE = 0x7F00_0000_0000

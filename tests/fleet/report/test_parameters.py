@@ -8,10 +8,10 @@ import pytest
 from fleet import hosts
 from fleet.errors import OutputError
 from fleet.experiment import Experiment
-from fleet.report.cells import Cell
 from fleet.report.parameters import Parameter, parameters_table
 from fleet.spec import load
 from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS
+from fleet.sweep.store import Cell
 from guestd.tiering.registry import policies
 from guestd.workloads.registry import workloads
 

@@ -11,10 +11,10 @@ import pytest
 from fleet.experiment import Experiment
 from fleet.outcome import FleetResult
 from fleet.provenance import collect
-from fleet.report.cells import load
 from fleet.report.figure import Absent, Figure
 from fleet.report.series_over_time import accuracy, fast_share, throughput, tracks
 from fleet.results import RunDirectory, finish
+from fleet.sweep.store import load
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_oracle_is_a_level_or_follows_the_time_series(run: Path) -> None:
     table = pq.read_table(run / "timeseries.parquet")
     for name, value in (("oracle_fast_ratio", 0.9), ("precision", 0.5), ("recall", 0.25)):
         known = pa.array([value if vm == 0 else None for vm in table["vm"].to_pylist()], pa.float64())
-        table = table.append_column(f"hotness.{name}", known)
+        table = table.drop_columns([f"hotness.{name}"]).append_column(f"hotness.{name}", known)
     pq.write_table(table, run / "timeseries.parquet")
     found, _ = tracks(load(run))
     assert found[0].oracle == pytest.approx([0.9] * 9)

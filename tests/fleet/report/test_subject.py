@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fleet.report.cells import Cell, Status
 from fleet.report.subject import Spread, axes_label, cell_label, chosen_vms, subjects, typical
+from fleet.sweep.store import Cell, Status
 
 
 def vm(number: int, policy: str, cores: float | None) -> dict[str, Any]:

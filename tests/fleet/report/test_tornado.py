@@ -1,14 +1,19 @@
 """The tornado of sensitivity.json."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fleet.errors import OutputError
+from fleet.report.content import read
 from fleet.report.figure import Absent, Figure
+from fleet.report.terminal import print_report
 from fleet.report.tornado import tornadoes
+from fleet.report.write import write
 
 
 def row(cost: str, at_low: float | None, at_high: float | None, metric: str = "throughput") -> dict[str, Any]:
@@ -44,10 +49,23 @@ def test_a_figure_for_each_metric(tmp_path: Path) -> None:
     assert (first.key, third.key) == ("tornado", "tornado-3")
 
 
+def test_an_analysis_by_itself_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "sensitivity.json").write_text(json.dumps([row("small", 9.5, 10.5), row("wide", None, 11.0)]))
+    report = read(tmp_path)
+    assert [figure.key for figure in report.gallery.figures] == ["tornado"]
+    (table,) = report.tables
+    assert [line[1] for line in table.rows] == ["small", "wide"]
+    write(report)
+    console = Console(file=io.StringIO(), width=200)
+    print_report(report, tmp_path / "report.html", console)
+    assert "wide" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Sensitivity of throughput" in (tmp_path / "report.html").read_text()
+
+
 def test_absent_and_malformed(tmp_path: Path) -> None:
     (absent,) = tornadoes(tmp_path)
     assert isinstance(absent, Absent)
-    for text in ("{", '{"a": 1}', '[{"cost": "a"}]', "[3]"):
+    for text in ("{", '{"a": 1}', '[{"cost": "a"}]', "[3]", json.dumps([row("a", 1.0, 2.0) | {"at_default": None}])):
         (tmp_path / "sensitivity.json").write_text(text)
         with pytest.raises(OutputError, match=r"sensitivity\.json: not a list of varied costs"):
             tornadoes(tmp_path)
