@@ -62,7 +62,7 @@ def occupancy(found: Sequence[Subject]) -> Figure | Absent:
     series = [_sizes("fast tier", "memory.fast_bytes", found, Look(hatch=0), "bar")]
     series.append(_sizes("slow tier", "memory.slow_bytes", found, Look(hatch=2), "bar"))
     for number, (name, path) in enumerate(_MARKS):
-        if any(subject.total(path) for subject in found):
+        if any(s.high > 0 for subject in found if (s := subject.total(path)) is not None):
             series.append(_sizes(name, path, found, Look(NO_MARKER, number, number + 1), "points"))
     note = "Bars: the guest's memory on each tier (mean over VMs); marks: what of it the host backed, and what is huge."
     x = Axis("", "", categories=tuple(subject.label for subject in found))

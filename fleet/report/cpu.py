@@ -18,7 +18,7 @@ def cores_by_vms(found: Sequence[Subject]) -> Figure | Absent:
     """Cores of all agents together over the number of VMs: a pair of lines per policy (and other axes)."""
     title = "Cores spent by agents"
     if not any("vms" in subject.axes for subject in found):
-        return Absent(title, "the number of VMs (vms) is no axis of this sweep")
+        return Absent(title, "it takes a sweep with the axis vms")
     lines: dict[str, list[Subject]] = {}
     for subject in found:
         lines.setdefault(axes_label(subject.axes, ("vms",)), []).append(subject)

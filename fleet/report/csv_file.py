@@ -43,9 +43,9 @@ def _cells(figure: Figure) -> pa.Table:
     return pa.table(
         {
             f"{figure.x.title} from": _numbers(matrix.x_edges[column]),
-            "to": _numbers(matrix.x_edges[column + 1]),
+            f"{figure.x.title} to": _numbers(matrix.x_edges[column + 1]),
             f"{figure.y.title} from": _column(figure.y, matrix.y_edges[row]),
-            "up to": _column(figure.y, matrix.y_edges[row + 1]),
+            f"{figure.y.title} up to": _ends(figure.y, matrix.y_edges[row + 1]),
             matrix.title: _numbers(matrix.values.ravel()),
         }
     )
@@ -54,9 +54,17 @@ def _cells(figure: Figure) -> pa.Table:
 def _column(axis: Axis, numbers: Values) -> pa.Array:
     if axis.categories:
         return pa.array(axis.categories, pa.string()).take(pa.array(numbers.astype(np.int64)))
-    if axis.hexadecimal:
-        return pa.array(numbers.astype(np.int64))
+    if axis.addresses is not None:
+        # The place before the gap of a broken line has no address.
+        return pa.array(axis.addresses.address(np.nan_to_num(numbers)), mask=np.isnan(numbers))
     return _numbers(numbers)
+
+
+def _ends(axis: Axis, edges: Values) -> pa.Array:
+    """Where cells end: of the last one of a region that is not where the next region starts."""
+    if axis.addresses is not None:
+        return pa.array(axis.addresses.address(edges - 1) + 1)
+    return _column(axis, edges)
 
 
 def _numbers(numbers: Values) -> pa.Array:

@@ -8,7 +8,6 @@ import numpy as np
 from fleet.atomic import replacing
 from fleet.report import style
 from fleet.report.figure import Figure, Matrix, Series
-from fleet.report.interactive import address_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +27,8 @@ def draw(figure: Figure, folder: Path) -> None:
             with replacing(folder / f"{figure.key}.{form}") as temporary:
                 metadata = {"Date": None} if form == "svg" else {}
                 canvas.savefig(temporary, format=form, dpi=DPI, metadata=metadata)
+            # Once laid out is enough, and laying out is what takes long.
+            canvas.set_layout_engine("none")
 
 
 def _canvas(figure: Figure) -> "Canvas":
@@ -134,7 +135,7 @@ def _dress(axes: "Axes", figure: Figure) -> None:
         axes.set_xlim(*across.limits)
     if upward.limits:
         axes.set_ylim(*upward.limits)
-    elif not upward.log and not upward.categories and not upward.hexadecimal and figure.matrix is None:
+    elif not upward.log and not upward.categories and upward.addresses is None and figure.matrix is None:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     if across.categories:
         long = sum(map(len, across.categories)) > 90
@@ -143,9 +144,10 @@ def _dress(axes: "Axes", figure: Figure) -> None:
     if upward.categories:
         axes.set_yticks(range(len(upward.categories)), upward.categories, fontsize=8)
         axes.invert_yaxis()
-    if upward.hexadecimal:
-        ticks = address_ticks(figure)
-        axes.set_yticks(ticks, [f"{int(tick):#x}" for tick in ticks], fontsize=8, family="monospace")
+    if upward.addresses is not None:
+        axes.set_ylim(0, upward.addresses.size)
+        ticks = upward.addresses.ticks()
+        axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks], fontsize=8, family="monospace")
     if figure.matrix is None:
         axes.grid(
             axis="both" if not figure.x.categories else "x" if figure.horizontal else "y", color="0.88", linewidth=0.6

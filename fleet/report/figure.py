@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fleet.report.addresses import AddressMap
+
 Values = npt.NDArray[np.float64]
 Kind = Literal["line", "points", "bar"]
 
@@ -27,8 +29,8 @@ class Axis:
     log: bool = False
     categories: tuple[str, ...] = ()
     limits: tuple[float, float] | None = None
-    hexadecimal: bool = False
-    """Numbers are addresses."""
+    addresses: AddressMap | None = None
+    """Numbers are places on this axis of addresses."""
     whole: bool = False
     """Numbers count something."""
 

@@ -60,7 +60,7 @@ def _axis(axis: Axis, figure: Figure) -> dict[str, Any]:
     form: dict[str, Any] = {
         "title": {"text": axis.title},
         "gridcolor": "#e0e0e0",
-        "zerolinecolor": "#808080",
+        "zeroline": False,
         "automargin": True,
         "showline": True,
         "linecolor": "#606060",
@@ -69,16 +69,18 @@ def _axis(axis: Axis, figure: Figure) -> dict[str, Any]:
     }
     if axis.categories:
         form |= {"tickvals": list(range(len(axis.categories))), "ticktext": list(axis.categories), "showgrid": False}
-        form |= {"zeroline": False, "range": [-0.6, len(axis.categories) - 0.4]}
+        form |= {"range": [-0.6, len(axis.categories) - 0.4]}
     if axis.whole:
         form |= {"tickformat": ",d", "minallowed": 0} | (
             {} if axis.log else {"dtick": 1} if _span(figure) <= 20 else {}
         )
-    if axis.hexadecimal:
-        form |= _addresses(figure)
+    if axis.addresses is not None:
+        ticks = axis.addresses.ticks()
+        form |= {"tickvals": [place for place, _ in ticks], "ticktext": [label for _, label in ticks]}
+        form["range"] = [0, axis.addresses.size]
     if axis.limits:
         form["range"] = list(axis.limits)
-    elif not axis.log and not axis.categories and not axis.hexadecimal and axis is figure.y and figure.matrix is None:
+    elif axis is figure.y and not axis.log and axis.addresses is None:
         form["rangemode"] = "tozero"
     return form
 
@@ -86,27 +88,6 @@ def _axis(axis: Axis, figure: Figure) -> dict[str, Any]:
 def _span(figure: Figure) -> float:
     xs = np.concatenate([series.x for series in figure.series])
     return float(np.ptp(xs)) if len(xs) else 0.0
-
-
-def _addresses(figure: Figure) -> dict[str, Any]:
-    """Ticks of an address axis, as plotly has no hexadecimal format."""
-    ticks = address_ticks(figure)
-    return {"tickvals": ticks, "ticktext": [f"{int(tick):#x}" for tick in ticks]}
-
-
-def address_ticks(figure: Figure) -> list[float]:
-    """Round addresses over the range of an address axis."""
-    if figure.matrix is not None:
-        low, high = float(figure.matrix.y_edges[0]), float(figure.matrix.y_edges[-1])
-    else:
-        ys = np.concatenate([series.y for series in figure.series])
-        ys = ys[~np.isnan(ys)]
-        low, high = (float(ys.min()), float(ys.max())) if len(ys) else (0.0, 1.0)
-    step = 1 << 12
-    while (high - low) / step > 9:
-        step <<= 1
-    first = -(-int(low) // step) * step
-    return [float(tick) for tick in range(first, int(high) + 1, step)]
 
 
 def _marks(series: Series, figure: Figure) -> dict[str, Any]:
@@ -124,11 +105,11 @@ def _marks(series: Series, figure: Figure) -> dict[str, Any]:
         "line": {"dash": style.dash(series.look).plotly, "color": colour, "width": 1.8},
         "hovertemplate": f"%{{x}}<br>%{{y:.6g}}<extra>{_escaped(series.name)}</extra>",
     }
-    if figure.y.hexadecimal and points:
-        trace["text"] = [f"{int(y):#x}" for y in series.y]
+    if figure.y.addresses is not None and points:
+        trace["text"] = [f"{address:#x}" for address in figure.y.addresses.address(series.y).tolist()]
         trace["hovertemplate"] = f"%{{x:.6g}} s<br>%{{text}}<extra>{_escaped(series.name)}</extra>"
     if shape:
-        trace["marker"] = {"symbol": shape.plotly, "color": colour, "size": 6 if points else 7}
+        trace["marker"] = {"symbol": shape.plotly, "color": colour, "size": 9 if points and len(series.x) <= 200 else 6}
     if series.low is not None and series.high is not None:
         trace["error_y"] = {
             "type": "data", "symmetric": False, "thickness": 1.2, "color": colour,
@@ -171,7 +152,11 @@ def _heat(matrix: Matrix, figure: Figure) -> dict[str, Any]:
         low, high = np.nanmin(shown), np.nanmax(shown)
         ticks = [float(tick) for tick in np.linspace(low, high, 5)]
         bar |= {"tickvals": ticks, "ticktext": [f"{10**tick:.3g}" for tick in ticks]}
-    rows = [[f"{start:#x}"] * matrix.values.shape[1] for start in matrix.y_edges[:-1].astype(np.int64).tolist()]
+    starts = matrix.y_edges[:-1]
+    names = [f"{start:g}" for start in starts]
+    if figure.y.addresses is not None:
+        names = [f"{address:#x}" for address in figure.y.addresses.address(starts).tolist()]
+    rows = [[name] * matrix.values.shape[1] for name in names]
     return {
         "type": "heatmap",
         "x": _list(matrix.x_edges),

@@ -113,15 +113,20 @@ def _table(table: Table) -> Iterator[str]:
     yield f"<div class='scroll'><table id='rows-{table.key}'><thead><tr>"
     yield "".join(f"<th>{escape(column.title)}</th>" for column in table.columns)
     yield "</tr></thead><tbody>"
+    numeric = [all(_is_number(row[place]) for row in table.rows) for place in range(len(table.columns))]
     changed = next((place for place, column in enumerate(table.columns) if column.name == "set"), None)
     for row in table.rows:
         mark = " class='set'" if changed is not None and row[changed] not in (None, False) else ""
-        yield f"<tr{mark}>{''.join(map(_cell, row))}</tr>"
+        yield f"<tr{mark}>{''.join(_cell(*one) for one in zip(row, numeric, strict=True))}</tr>"
     yield "</tbody></table></div>"
 
 
-def _cell(value: Value) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+def _is_number(value: Value) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _cell(value: Value, numeric: bool) -> str:
+    if numeric and value is not None:
         return f"<td class='n' data-value='{value}'>{shown(value)}</td>"
     return f"<td>{escape(shown(value))}</td>"
 

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from fleet.report.cells import Cell
 from fleet.report.table import Column, Table, Value, flat
+from fleet.sweep.store import Cell
 
 
 def provenance_table(cells: Sequence[Cell]) -> Table:
@@ -24,7 +24,7 @@ def provenance_table(cells: Sequence[Cell]) -> Table:
                 seen.append(value)
     rows = []
     for key, seen in values.items():
-        rows.append((key, seen[0] if len(seen) == 1 else f"{len(seen)} values, from {seen[0]} to {seen[-1]}"))
+        rows.append((key, seen[0] if len(seen) == 1 else f"{len(seen)} values, one is {seen[0]}"))
     return Table("provenance", "Provenance", (Column("what"), Column("value")), tuple(rows))
 
 

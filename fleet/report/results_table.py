@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
-from fleet.report.cells import Cell
 from fleet.report.subject import Spread, Subject, is_run
 from fleet.report.table import Column, Table, Value
+from fleet.sweep.store import Cell
 
 _FIGURES = (
     # column, path in a VM's entry, whether VMs add up, factor
     (Column("throughput", "M accesses/s"), "throughput_mops", True, 1),
     (Column("fast share", "%"), "access.fast_ratio", False, 100),
     (Column("oracle", "%"), "hotness.oracle_fast_ratio", False, 100),
+    (Column("of oracle", "%"), "hotness.share_of_oracle", False, 100),
     (Column("precision", "%"), "hotness.precision", False, 100),
     (Column("recall", "%"), "hotness.recall", False, 100),
     (Column("F1", "%"), "hotness.f1", False, 100),

@@ -1,7 +1,7 @@
-"""Throughput and fast-tier share over virtual time: a line per VM of a run, or per cell of a sweep (all its VMs).
+"""Throughput, fast-tier share and accuracy over virtual time: a line per VM of a run, or per cell of a sweep.
 
-The best that any placement could do is drawn beside the share: from the time series where it has the column
-``oracle_fast_ratio``, else as the level in the summary (`guestd.hotness`). Only the run phase is drawn.
+A cell's line is of all its VMs together. The best that any placement could do is drawn beside the share: from the time
+series where it has a column of it, else as the level in the summary (`guestd.hotness`). Only the run phase is drawn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fleet.report.cells import Cell
 from fleet.report.figure import NO_MARKER, Absent, Axis, Figure, Look, Series, Values
-from fleet.report.subject import axes_label, cell_label, is_run, vm_label
+from fleet.report.subject import cell_label, is_run, typical, vm_label
+from fleet.sweep.store import Cell
 
 MOST_SHOWN = 8
 """Lines that are drawn at first; the others are in the legend."""
@@ -34,7 +34,9 @@ class Track(NamedTuple):
     throughput_mops: Values
     fast_ratio: Values
     oracle: Values
-    """float64[n]; NaN where unknown."""
+    """float64[n], as the next two; NaN where unknown."""
+    precision: Values
+    recall: Values
 
 
 def tracks(cells: Sequence[Cell]) -> tuple[list[Track], str]:
@@ -56,18 +58,6 @@ def tracks(cells: Sequence[Cell]) -> tuple[list[Track], str]:
     return found[:MOST_LINES], note + (f"{more} further lines are left out." if more > 0 else "")
 
 
-def typical(cells: Sequence[Cell]) -> list[Cell]:
-    """Of a sweep, the cell of each policy with the most VMs (first values of other axes, first repetition)."""
-    chosen: dict[object, Cell] = {}
-    for cell in cells:
-        if cell.status != "done" or cell.summary is None or cell.repetition:
-            continue
-        key = axes_label({k: v for k, v in cell.axes.items() if k in ("policy", "workload")})
-        if key not in chosen or len(cell.summary["vms"]) > len((chosen[key].summary or {})["vms"]):
-            chosen[key] = cell
-    return list(chosen.values())[:MOST_SHOWN]
-
-
 def throughput(found: Sequence[Track], note: str) -> Figure | Absent:
     """Million accesses per virtual second."""
     title = "Throughput over time"
@@ -86,13 +76,10 @@ def fast_share(found: Sequence[Track], note: str) -> Figure | Absent:
     series: list[Series] = []
     for index, track in enumerate(found):
         series.append(Series(track.label, track.time_s, 100 * track.fast_ratio, Look.number(index), shown=track.shown))
-    levels: dict[tuple[float, ...], list[int]] = {}
-    for index, track in enumerate(found):
-        if not np.isnan(track.oracle).all():
-            levels.setdefault(tuple(np.round(track.oracle, 6).tolist()), []).append(index)
-    for members in levels.values():
+    best = _alike(found)
+    for members in best:
         track = found[members[0]]
-        label = "oracle" if len(levels) == 1 else f"oracle of {track.label}" + (" and others" if members[1:] else "")
+        label = "oracle" if len(best) == 1 else f"oracle of {track.label}" + (" and alike" if members[1:] else "")
         look = Look(dash=2, marker=NO_MARKER, colour=members[0])
         shown = any(found[index].shown for index in members)
         series.append(Series(label, track.time_s, 100 * track.oracle, look, shown=shown))
@@ -100,13 +87,46 @@ def fast_share(found: Sequence[Track], note: str) -> Figure | Absent:
         return Absent(title, NOTHING)
     about = (
         "Oracle: the share that the best placement of the pages would give."
-        if levels
+        if best
         else "No oracle: none of these workloads tells its own heat."
     )
     axis = Axis("accesses to the fast tier", "%", limits=(0, 100))
     return Figure("fast-share", title, TIME, axis, tuple(series), f"{about} {note}".strip())
 
 
+def _alike(found: Sequence[Track]) -> list[list[int]]:
+    """Tracks with an oracle, in groups whose oracles are within one percentage point of the first's: one line each."""
+    groups: list[list[int]] = []
+    for index, track in enumerate(found):
+        if np.isnan(track.oracle).all():
+            continue
+        for group in groups:
+            first = found[group[0]].oracle
+            if len(first) == len(track.oracle) and np.allclose(first, track.oracle, 0.0, 0.01, equal_nan=True):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def accuracy(found: Sequence[Track], note: str) -> Figure | Absent:
+    """Precision and recall of the policy's hot set."""
+    title = "Accuracy of the hot set over time"
+    series = [
+        Series(f"{track.label} ({what})", track.time_s, 100 * share, Look(dash, index, index), shown=track.shown)
+        for index, track in enumerate(found)
+        for dash, (what, share) in enumerate((("precision", track.precision), ("recall", track.recall)))
+        if not np.isnan(share).all()
+    ]
+    if not series:
+        return Absent(title, "the time series has no precision and recall (hotness.precision, hotness.recall)")
+    about = "Solid: share of the pages taken for hot that are. Dashed: share of the hot pages that are taken for hot."
+    axis = Axis("pages", "%", limits=(0, 100))
+    return Figure("accuracy", title, TIME, axis, tuple(series), f"{about} {note}".strip())
+
+
+_TRUTHS = ("oracle_fast_ratio", "precision", "recall")
 NOTHING = "no interval of a run phase is recorded (timeseries.parquet)"
 
 
@@ -158,12 +178,20 @@ def _track(label: str, shown: bool, table: pa.Table, oracle: float | None) -> Tr
     accesses = np.bincount(bins, total)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.bincount(bins, fast) / accesses
-        rate = accesses / longest_s / 1e6
-        if "oracle_fast_ratio" in table.column_names:
-            best = np.bincount(bins, np.nan_to_num(_column(table, "oracle_fast_ratio")) * total) / accesses
-        else:
-            best = np.full(len(ends), np.nan if oracle is None else oracle)
-    return Track(label, shown, ends, rate, ratio, best)
+    rate = accesses / np.maximum(longest_s, 1e-12) / 1e6
+    best, precision, recall = (_mean(table, f"hotness.{name}", bins, total) for name in _TRUTHS)
+    if oracle is not None and np.isnan(best).all():
+        best = np.full(len(ends), oracle)
+    return Track(label, shown, ends, rate, ratio, best, precision, recall)
+
+
+def _mean(table: pa.Table, name: str, bins: npt.NDArray[np.int64], weight: Values) -> Values:
+    """Per bin, a column's mean over the VMs by their accesses; NaN where one that ran does not know it."""
+    if name not in table.column_names:
+        return np.full(int(bins.max()) + 1, np.nan)
+    product = np.where(weight > 0, _column(table, name) * weight, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.bincount(bins, product) / np.bincount(bins, weight)
 
 
 def _column(table: pa.Table, name: str) -> npt.NDArray[np.float64]:
@@ -176,5 +204,5 @@ def _intervals(cell: Cell) -> pa.Table | None:
         return None
     wanted = ["vm", "time_s", "interval_s", "phase", "access.total", "access.fast"]
     names = pq.read_schema(path).names
-    table = pq.read_table(path, columns=wanted + [n for n in ("oracle_fast_ratio",) if n in names])
+    table = pq.read_table(path, columns=wanted + [name for name in map("hotness.{}".format, _TRUTHS) if name in names])
     return table.filter(pc.equal(table["phase"], "run"))

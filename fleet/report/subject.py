@@ -4,11 +4,11 @@ A point is one choice of the axes' values; a figure of it is the sum or the mean
 then the mean over the repetitions with their lowest and highest.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fleet.report.cells import Cell
+from fleet.sweep.store import Cell
 from fleet.table import figure as figure_at
 
 Vm = Mapping[str, Any]
@@ -94,3 +94,34 @@ def axes_label(axes: Mapping[str, object], without: tuple[str, ...] = ()) -> str
 def cell_label(cell: Cell) -> str:
     """The label of a cell's point, with the repetition where it is not the first."""
     return axes_label(cell.axes) + (f" #{cell.repetition + 1}" if cell.repetition else "")
+
+
+MOST_VMS = 4
+"""VMs that have a figure to themselves; more are in the reports of their cells."""
+MOST_CELLS = 8
+
+
+def typical(cells: Sequence[Cell]) -> list[Cell]:
+    """Of a sweep, the cell of each policy with the most VMs (first values of other axes, first repetition)."""
+    chosen: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.status != "done" or cell.summary is None or cell.repetition:
+            continue
+        kind = axes_label({key: value for key, value in cell.axes.items() if key in ("policy", "workload")})
+        if kind not in chosen or len(cell.summary["vms"]) > len((chosen[kind].summary or {})["vms"]):
+            chosen[kind] = cell
+    return list(chosen.values())[:MOST_CELLS]
+
+
+def chosen_vms(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Vm, str]]:
+    """At most `MOST_VMS`, each with its label: the first of each policy and workload of a run, or of typical cells."""
+    found: list[tuple[Cell, Vm, str]] = []
+    run = is_run(cells)
+    for cell in cells if run else typical(cells):
+        kinds: set[tuple[str, str]] = set()
+        for vm in (cell.summary or {}).get("vms", []):
+            kind = (vm["policy"], vm["workload"])
+            if kind not in kinds and vm["policy"] != "none":
+                kinds.add(kind)
+                found.append((cell, vm, vm_label(vm) if run else f"{cell_label(cell)}, vm{vm['id']}"))
+    yield from found[:MOST_VMS]

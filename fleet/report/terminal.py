@@ -10,6 +10,7 @@ from rich.text import Text
 from fleet.figure import sparkline
 from fleet.report.content import Report
 from fleet.report.figure import Figure
+from fleet.report.subject import is_run
 from fleet.report.table import Table, shown
 from fleet.table import print_summary
 
@@ -20,11 +21,13 @@ _NAMES = 34
 def print_report(report: Report, page: Path, console: Console) -> None:
     """Print it; plain where the console is no terminal."""
     console.print(Text(report.title, style="bold"))
-    run = report.cells[0].summary
-    if report.tables[0].title == "VMs" and run is not None:
+    run = report.cells[0].summary if is_run(report.cells) else None
+    if run is not None:
         print_summary(run, console)
     else:
-        _print_table(report.tables[0], console)
+        for table in report.tables:
+            if table.key in ("results", "errors", "sensitivity"):
+                _print_table(table, console)
     for figure in report.gallery.figures:
         if figure.key in ("fast-share", "throughput"):
             _sparklines(figure, console)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ from fleet import run
 ROOT = Path(run.__file__).parent.parent
 SMALL = (
     "--memory", "256MiB", "--scale", "1/16", "--seconds", "0.5", "--sample", "20ms", "--json",
-    "--set", "policy.scan_period_max_ms=1000",
+    "--set", "policy.scan_period_max_ms=1000", "--set", "policy.scan_delay_ms=100",
 )  # fmt: skip
 pytestmark = pytest.mark.timeout(400)  # the first run of a machine compiles
 
@@ -109,15 +110,50 @@ def test_report_of_a_run(single: Path) -> None:
     assert parameters["policy.scan_period_max_ms"][4] is True  # it was set
     assert parameters["host.invept"][7] == "estimated"
     assert parameters["host.invept"][4] is False
-
-
-def test_csv_has_what_the_time_series_has(single: Path) -> None:
-    fleet("report", single)
-    table = pa_csv.read_csv(single / "report" / "throughput.csv")
-    assert table.column_names == ["series", "virtual time of the fleet (s)", "throughput (M accesses/s)"]
-    mean = np.mean(table["throughput (M accesses/s)"].to_numpy())
-    summary = json.loads((single / "summary.json").read_text())
+    drawn = pa_csv.read_csv(single / "report" / "throughput.csv")
+    assert drawn.column_names == ["series", "virtual time of the fleet (s)", "throughput (M accesses/s)"]
+    mean = np.mean(drawn["throughput (M accesses/s)"].to_numpy())
     assert mean == pytest.approx(np.mean([vm["throughput_mops"] for vm in summary["vms"]]), rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def sweep(single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cells of 1 and 2 VMs, the larger one twice; one that failed and one that was never run."""
+    directory = tmp_path_factory.mktemp("sweep") / "sweep"
+    (directory / "cells").mkdir(parents=True)
+    done = fleet("run", "--vms", "1", "--policy", "g-tpp", *SMALL, "--out", directory / "cells" / "a")
+    assert done.returncode == 0, done.stderr
+    for name in ("b", "c"):
+        shutil.copytree(single, directory / "cells" / name, ignore=shutil.ignore_patterns("report*"))
+    (directory / "cells" / "d").mkdir()
+    (directory / "cells" / "d" / "FAILED").write_text("the host died\n")
+    (directory / "cells" / "e").mkdir()
+    plan = []
+    for name, vms, repetition in (("a", 1, 0), ("b", 2, 0), ("c", 2, 1), ("d", 3, 0), ("e", 4, 0)):
+        entry = {"cell": name, "axes": {"vms": vms}, "repetition": repetition, "seed": 1}
+        (directory / "cells" / name / "cell.json").write_text(json.dumps(entry))
+        plan.append(entry)
+        if name < "d":
+            (directory / "cells" / name / "DONE").touch()
+    (directory / "plan.json").write_text(json.dumps({"name": "two", "cells": plan}))
+    return directory
+
+
+def test_report_of_a_sweep(sweep: Path) -> None:
+    done = fleet("report", sweep, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    page = check_page(sweep)
+    printed = json.loads(done.stdout)
+    assert printed["title"] == "Sweep two: 3 of 5 cells"
+    assert [row[4] for row in printed["tables"]["cells"]["rows"]] == ["done"] * 3 + ["failed", "missing"]
+    assert printed["tables"]["errors"]["rows"] == [["d", None, "cell", "the host died"]]
+    points = printed["tables"]["results"]
+    assert [row[:2] for row in points["rows"]] == [[1, 1], [2, 2]]
+    summaries = [json.loads((sweep / "cells" / name / "summary.json").read_text()) for name in ("a", "b")]
+    for kind, series in zip(("measured", "modelled"), page.data["data-agent-cores"]["data"], strict=True):
+        cores = [sum(vm["agent_cpu"][f"{kind}_cores"] for vm in summary["vms"]) for summary in summaries]
+        assert series["x"] == [1.0, 2.0]
+        assert series["y"] == pytest.approx(cores)
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
