@@ -102,7 +102,7 @@ def _title(vm: Mapping[str, Any], space: str) -> str:
         words.append(f"{found['ranges']} ranges, the hottest hold {100 * found['ranges_fast_ratio']:.0f} %")
     if "bins_fast_ratio" in found:
         words.append(f"best 2 MiB bins {100 * found['bins_fast_ratio']:.0f} %")
-    return "; ".join(words)
+    return "\n".join(words)
 
 
 def _scale(accesses: npt.NDArray[np.int64]) -> Any:

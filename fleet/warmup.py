@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from fleet.in_process import InProcessFleet
+from guestd.hotness import count_pages, mark_mapped
 from guestd.meter import meter_cost_ns
 from guestd.mm.nodes import FAST, SLOW
 from guestd.tiering.registry import policies as all_policies
@@ -30,11 +31,12 @@ _LLC_BYTES = 1 << 16
 
 def warm_up(
     policies: list[str], workloads: list[str], costs: Costs, progress: Progress, kernel: HostKernel | None = None,
-    *, huge: bool = False,
+    *, huge: bool = False, heat: bool = False,
 ) -> None:  # fmt: skip
     """Run one small fleet per policy and workload.
 
-    ``costs``: any valid ones; ``kernel``: the host's (None: stock); ``huge``: guests or host use huge pages.
+    ``costs``: any valid ones; ``kernel``: the host's (None: stock); ``huge``: guests or host use huge pages;
+    ``heat``: page heat is recorded.
     """
     brisk = _brisk(kernel or HostKernel())
     jobs: list[tuple[str, str, str, dict[str, Scalar]]] = [("engine", "none", "gups", {})]
@@ -42,18 +44,31 @@ def warm_up(
     jobs += [(workload, "none", workload, {}) for workload in workloads if workload not in ("gups", "trace")]
     jobs += [("gups zipf", "none", "gups", {"distribution": "zipf"})] if "gups" in workloads else []
     huge_views = [policy for policy in ("none", "h-tpp") if huge]
-    total = len(jobs) + ("trace" in workloads) + len(huge_views)
+    total = len(jobs) + ("trace" in workloads) + heat + len(huge_views)
     with tempfile.TemporaryDirectory(prefix="fleet-warm-") as folder:
         if "trace" in workloads:
             jobs.append(("trace", "none", "trace", {"file": str(tiny_trace(Path(folder) / "warm.trace"))}))
         for done, (label, policy, workload, params) in enumerate(jobs):
             progress(done, total, label)
-            _fleet(policy, workload, params, costs, brisk).run()
-    for done, policy in enumerate(huge_views, len(jobs)):
+            fleet = _fleet(policy, workload, params, costs, brisk)
+            fleet.run()
+            fleet.guests[0].workload.heat()
+        if heat:
+            progress(len(jobs), total, "page heat")
+            _fleet("hyperplace", "gups", {}, costs, brisk, heat_path=str(Path(folder) / "heat.bin")).run()
+    for done, policy in enumerate(huge_views, len(jobs) + heat):
         progress(done, total, f"huge pages of {policy}")
         _use_huge_pages(policy, costs, brisk)
     meter_cost_ns(1)
+    _judge()
     progress(total, total, "")
+
+
+def _judge() -> None:
+    """What ground truth needs for workloads and stages with other parameters than those above."""
+    nothing = np.zeros(0, np.int64)
+    count_pages(nothing, 0, 0, nothing)
+    mark_mapped(nothing, nothing, nothing, np.zeros(0, np.uint8))
 
 
 def _brisk(kernel: HostKernel) -> HostKernel:
@@ -95,6 +110,7 @@ def _fleet(
     kernel: HostKernel,
     thp: str = "never",
     fast_pages: int = _FAST_PAGES,
+    heat_path: str = "",
 ) -> InProcessFleet:
     engine = EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=1024)
     guest = GuestConfig(
@@ -131,6 +147,7 @@ def _fleet(
         costs=costs,
         log_path="",
         events_path="",
+        heat_path=heat_path,
     )
     # A real LLC would swallow so small a guest, and no mechanism would see an access; this one has a little of it.
     costs = msgspec.structs.replace(costs, llc_bytes=_LLC_BYTES)

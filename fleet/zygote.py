@@ -183,6 +183,7 @@ def warm_up(channel: Channel, launch: Launch) -> None:
         launch.host.costs,
         lambda done, total, label: channel.send(Compiling(done=done, total=total, label=label)),
         launch.host.kernel,
+        heat=any(guest.heat_path for guest in launch.guests),
         huge=launch.host.kernel.thp == "always" or any(guest.kernel.thp == "always" for guest in launch.guests),
     )
     threads = clocks.thread_ids()

@@ -5,8 +5,8 @@ that ranges of gPA, and ranges of hPA even more, mix hot and cold. Each access o
 bin of each of its three addresses, as the page tables stand when its block of accesses has been executed; a page that
 the host has swapped out by then is in no bin of hPA. hPA is an address within the VM's window of frames: fast ones
 first, slow ones from the VM's size on. The addresses of each PEBS record go into a range tree for each space, with the
-parameters of the stage `range-tree`; the roots are the VMAs' span, both guest nodes, and both tiers. Trees of a
-policy that does not sample stay away. It is all the emulator's own: no virtual time, and no agent's CPU.
+parameters of the stage `range-tree`; the roots are the VMAs' span, both guest nodes, and both tiers. Without sampling
+there are no trees. It is all the emulator's own: no virtual time, and no agent's CPU.
 """
 
 import os

@@ -15,8 +15,8 @@ from guestd.jit import kernel
 from guestd.workloads.base import Workload
 from proto.arrays import Bytes, Words
 from proto.counters import C, Counters
-from proto.entry import FRAME_MASK, FRAME_SHIFT, WRITABLE
-from proto.units import PAGE_SHIFT
+from proto.entry import FRAME_MASK, FRAME_SHIFT, HUGE, WRITABLE
+from proto.units import PAGE_SHIFT, TABLE_PAGES, TABLE_SHIFT
 
 POLICY, FAST_NODE = "policy", "fast node"
 """What is taken for a policy's hot set: its own, or what lies in fast memory."""
@@ -88,11 +88,16 @@ def in_fast(gpt: Words, ept: Words, slow_frames: int, believed: Bytes) -> None:
 
 
 @kernel
-def mark_mapped(gpt: Words, pages: Words, believed: Bytes) -> None:
-    """Mark those of ``pages`` (int64[n]) that are mapped."""
+def mark_mapped(gpt: Words, upper: Words, pages: Words, believed: Bytes) -> None:
+    """Mark those of ``pages`` (int64[n]) that are mapped, and all of a huge page whose head is named.
+
+    ``upper``: the entries above the leaves (`guestd.walk.PageTables`).
+    """
     for page in pages:
         if gpt[page] != 0:
-            believed[page] = 1
+            head = page & (TABLE_PAGES - 1) == 0 and (upper[page >> TABLE_SHIFT] & HUGE) != 0
+            for leaf in range(page, page + TABLE_PAGES if head else page + 1):
+                believed[leaf] = 1
 
 
 @kernel

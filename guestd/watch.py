@@ -112,7 +112,7 @@ class Watch:
             mark_frames(machine.gpt, by_host[1:], truth.believed)
         elif hot is not None:
             truth.believed[:] = 0
-            mark_mapped(machine.gpt, hot, truth.believed)
+            mark_mapped(machine.gpt, machine.tables.upper, hot, truth.believed)
         else:
             in_fast(machine.gpt, machine.ept, int(machine.state[S.SLOW_FRAMES]), truth.believed)
         return POLICY if by_host[0] or hot is not None else FAST_NODE

@@ -19,6 +19,7 @@ from guestd.jit import kernel
 from guestd.meter import HOST_THREAD, TASK, Meter
 from guestd.mm.nodes import FAST, new_nodes
 from guestd.params import resolve
+from guestd.tiering.pages import expand
 from guestd.tiering.policy import Policy, Tiering
 from hostd.backing import BACKED, Prices, back
 from hostd.dirty_log import DirtyLog
@@ -209,7 +210,9 @@ class Vm:
         hot = self.tiering.hot_set()
         if hot is not None:
             words = self.memory.believed
-            words[0], words[1:] = 1, _bitmap_of(hot, words.size - 1)
+            heads = (hot % TABLE_PAGES == 0) & ((self.memory.ept_pde[hot // TABLE_PAGES] & HUGE) != 0)
+            pages = expand(hot, np.where(heads, TABLE_PAGES, 1))
+            words[0], words[1:] = 1, _bitmap_of(pages, words.size - 1)
 
     def _manage(self, now_ps: int, until_ps: int) -> None:
         """Host-side tiering for the coming quantum."""

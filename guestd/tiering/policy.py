@@ -87,7 +87,7 @@ class Tiering:
         """The fast node is below `reclaim_mark`; work for about ``budget_ps``."""
 
     def hot_set(self) -> Words | None:
-        """Pages of the view that the policy takes for hot now (int64[n], all of a huge page); None: it has no notion.
+        """Pages of the view that it takes for hot now (int64[n]); None: it has no notion. A head names its huge page.
 
         The emulator asks at sampling intervals, to compare it with the truth. It is no work of the policy: it must
         charge nothing, call no metered kernel and change nothing.

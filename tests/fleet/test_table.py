@@ -136,3 +136,19 @@ def test_counts(count: float, text: str) -> None:
 @pytest.mark.parametrize(("cores", "text"), [(0.0, "0.000"), (0.5, "0.500"), (0.00042, "420e-6")])
 def test_cores(cores: float, text: str) -> None:
     assert format_cores(cores) == text
+
+
+def test_the_truth_about_heat_is_told_by_policy(summary: dict[str, Any]) -> None:
+    hotness = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "share_of_oracle": 0.8}
+    summary["vms"][0] |= {"hotness": {"hot_set": "policy", **hotness}}
+    space = {"bins_fast_ratio": 0.9, "ranges": 12, "hot_ranges": 3, "ranges_fast_ratio": 0.7}
+    summary["vms"][1]["pebs"]["cpu_ns_per_sample"] = {"measured": 21.4, "modelled": 150.0}
+    summary["vms"][1] |= {
+        "hotness": {"hot_set": "fast node", **hotness, "precision": 1.0},
+        "locality": {"gva": space, "hpa": {"bins_fast_ratio": 0.4}},
+    }
+    text = " ".join(printed(summary, 200))
+    assert "g-tpp: of its hot set 50 % are truly hot, which is 25 % of what is; fast ratio 80 % of the oracle's" in text
+    assert "hyperplace: of its pages in fast memory 100 % are truly hot" in text
+    assert "hyperplace: CPU per PEBS record 21 ns measured, 150 ns modelled" in text
+    assert "fit fast memory: gva 90 %, 70 % in the tree's (12 ranges); hpa 40 %" in text

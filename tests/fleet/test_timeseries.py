@@ -42,6 +42,22 @@ def test_one_vm(make_sample: Callable[..., Sample], tmp_path: Path) -> None:
     assert table["access.total"].to_pylist() == [10, 0, 2_000_000, 4]
 
 
+def test_truth_is_told_for_each_interval(make_sample: Callable[..., Sample]) -> None:
+    first = {"believed": 10, "right": 5, "asked": 20, "found": 5, "accesses": 100, "fast": 30, "oracle_fast": 60}
+    second = {"believed": 10, "right": 5, "asked": 40, "found": 5, "accesses": 200, "fast": 80, "oracle_fast": 160}
+    samples = [
+        make_sample(0, time * PS_PER_MS, "run", 0.0, **{f"truth__{name}": count for name, count in counts.items()})
+        for time, counts in ((1, {}), (2, first), (3, second), (4, second))
+    ]
+    table = interval_table(samples, {})
+    rows = {name: table[f"hotness.{name}"].to_pylist() for name in ("precision", "recall", "f1", "oracle_fast_ratio")}
+    assert rows["precision"] == [None, 0.5, 0.0, None]
+    assert rows["recall"] == [None, 0.25, 0.0, None]
+    assert rows["f1"] == pytest.approx([None, 1 / 3, 0.0, None])
+    assert rows["oracle_fast_ratio"] == [None, 0.6, 1.0, None]
+    assert table["hotness.share_of_oracle"].to_pylist() == [None, 0.5, 0.5, None]
+
+
 def test_a_run_without_samples_is_an_empty_table() -> None:
     assert interval_table([], {}).num_rows == 0
 

@@ -21,7 +21,7 @@ from guestd.workloads.base import Buffer, Workload
 from proto.arrays import Words
 from proto.costs import Costs
 from proto.counters import C, new_counters
-from proto.entry import FRAME_SHIFT, PRESENT
+from proto.entry import FRAME_SHIFT, HUGE, PRESENT
 from tests.small_fleet import new_fleet, small_guest
 
 HEATS = st.lists(st.integers(0, 50), min_size=1, max_size=60)
@@ -142,8 +142,14 @@ def test_hot_sets_of_either_view_name_pages_of_the_guest(frames: list[int], hot:
     assert believed.tolist() == [int(frame in hot) for frame in frames]
     believed[:] = 0
     named = np.array(sorted(page for page in pages if page < gpt.size), np.int64)
-    mark_mapped(gpt, named, believed)
+    mark_mapped(gpt, np.zeros(1, np.int64), named, believed)
     assert np.flatnonzero(believed).tolist() == [page for page in named if frames[page] >= 0]
+
+
+def test_the_head_of_a_huge_page_names_all_of_it() -> None:
+    gpt, believed = np.full(3 * 512, PRESENT, np.int64), np.zeros(3 * 512, np.uint8)
+    mark_mapped(gpt, np.array([PRESENT, PRESENT | HUGE, PRESENT], np.int64), np.array([0, 7, 512, 1024]), believed)
+    assert np.flatnonzero(believed).tolist() == [0, 7, *range(512, 1024), 1024]
 
 
 def test_an_interval_without_accesses_is_not_judged() -> None:
