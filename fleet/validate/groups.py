@@ -27,12 +27,14 @@ SAMPLES = "samples per epoch / split threshold"
 SWITCHES = "drains per epoch (8 ms slices)"
 REACH = "hot set / STLB reach"
 SAMPLING_RATE = "updates per sample (sampling's CPU)"
-FLOOR = "smallest range / hot set (2 MiB)"
+FLOOR = "hot set / smallest range (2 MiB)"
 QUOTA = "quota windows per run (15 s)"
 
 _HOT_BYTES, _FOOTPRINT = 9 * _GIB, 126 * _GIB
 _MISSES = 32
 """A hot set of so many times the STLB's reach hits it at most once in as many accesses."""
+_FINE = 16
+"""Ranges in a hot set: the two at its edges are then an eighth of it at most."""
 _QUOTA_S = 15
 _PACE = 22_000_000
 """Updates a second where the hot set is in PMEM: only for an idea of how many 15 s windows a run has."""
@@ -96,7 +98,8 @@ _RULES = (
     _Rule(REACH, lambda plan: _HOT_BYTES * plan.scale / (stlb_entries(plan.scale) * PAGE_SIZE),
           f"the STLB is scaled, down to 64 entries; above {_MISSES} it does not matter", _MISSES),
     _Rule(SAMPLING_RATE, _period, "fewer updates per sample: sampling and classifying cost too much"),
-    _Rule(FLOOR, lambda plan: Fraction(2 << 20) / (_HOT_BYTES * plan.scale), "a leaf table is the smallest range"),
+    _Rule(FLOOR, lambda plan: _HOT_BYTES * plan.scale / (2 << 20),
+          f"the smallest range stays; above {_FINE} of them the hot set has clear edges", _FINE),
     _Rule(QUOTA, lambda plan: FIGURE_UPDATES * plan.scale / (_PACE * _QUOTA_S), "a kernel's constant, not scaled"),
 )  # fmt: skip
 

@@ -27,5 +27,6 @@ def test_a_group_beyond_its_bound_is_kept_however_far_it_moves() -> None:
     reach = g.groups(e.plan(Fraction(1, 512)))[g.REACH]
     assert reach.kept
     assert reach.here < reach.full / 10
+    assert g.groups(e.plan(Fraction(1, 256)))[g.FLOOR].kept
     tiny = g.groups(e.plan(Fraction(1, 4096)))[g.REACH]
     assert not tiny.kept
