@@ -28,16 +28,15 @@ SWITCHES = "drains per epoch (8 ms slices)"
 REACH = "hot set / STLB reach"
 SAMPLING_RATE = "updates per sample (sampling's CPU)"
 FLOOR = "hot set / smallest range (2 MiB)"
-QUOTA = "quota windows per run (15 s)"
+QUOTA = "quota windows per run of Memtis (15 s)"
 
 _HOT_BYTES, _FOOTPRINT = 9 * _GIB, 126 * _GIB
 _MISSES = 32
 """A hot set of so many times the STLB's reach hits it at most once in as many accesses."""
 _FINE = 16
 """Ranges in a hot set: the two at its edges are then an eighth of it at most."""
-_QUOTA_S = 15
 _PACE = 22_000_000
-"""Updates a second where the hot set is in PMEM: only for an idea of how many 15 s windows a run has."""
+"""Updates a second where the hot set is in PMEM: only for an idea of how many windows a run has."""
 
 
 class Group(NamedTuple):
@@ -80,6 +79,10 @@ def _period(plan: Plan) -> Fraction:
     return Fraction(str(_settings(plan, "hyperplace").get("policy.load_period", 4093)))
 
 
+def _quota_s(plan: Plan) -> Fraction:
+    return Fraction(str(_settings(plan, "memtis").get("policy.quota_interval_ms", 15000))) / 1000
+
+
 def _switch_ms(plan: Plan) -> Fraction:
     return Fraction(str(machine(plan.scale).get("guest.sched_slice", "8000us")).removesuffix("us")) / 1000
 
@@ -100,7 +103,7 @@ _RULES = (
     _Rule(SAMPLING_RATE, _period, "fewer updates per sample: sampling and classifying cost too much"),
     _Rule(FLOOR, lambda plan: _HOT_BYTES * plan.scale / (2 << 20),
           f"the smallest range stays; above {_FINE} of them the hot set has clear edges", _FINE),
-    _Rule(QUOTA, lambda plan: FIGURE_UPDATES * plan.scale / (_PACE * _QUOTA_S), "a kernel's constant, not scaled"),
+    _Rule(QUOTA, lambda plan: FIGURE_UPDATES * plan.scale / (_PACE * _quota_s(plan)), "the window is scaled"),
 )  # fmt: skip
 
 

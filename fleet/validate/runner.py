@@ -47,6 +47,8 @@ class FigureRow(Struct, frozen=True):
     policy: str
     vms: int
     cores: float
+    stages: dict[str, float]
+    """The same, by stage."""
     stolen_cores: float
     """vCPU time that tiering took away in all, in cores: what burns on vCPUs and what they waited for."""
     virtual_s: float
@@ -209,5 +211,15 @@ def figure_rows(results: Mapping[str, Summary], price: float) -> list[FigureRow]
             summary: Any = results.get(f"figure/{policy}/{vms}")
             if _ok(summary):
                 cores = c.cores(summary)
-                rows.append(FigureRow(policy, vms, cores, c.stolen_cores(summary), c.elapsed_s(summary), cores * price))
+                rows.append(
+                    FigureRow(
+                        policy,
+                        vms,
+                        cores,
+                        c.stage_cores(summary),
+                        c.stolen_cores(summary),
+                        c.elapsed_s(summary),
+                        cores * price,
+                    )
+                )
     return rows

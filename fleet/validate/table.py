@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fleet.validate.claims import STAGES
 from fleet.validate.published import COUNTERS
 from fleet.validate.runner import Report
 from fleet.validate.verdict import Judgement, Verdict
@@ -53,12 +54,11 @@ def _print_flushes(report: Report, console: Console) -> None:
 def _print_figure(report: Report, console: Console) -> None:
     _line(console, "Scalability: cores that tiering burns (modelled) in all VMs together, which have 36 vCPUs; ")
     _line(console, f"TCO = cores a VM x VMs x price of a core ({report.price:g})")
-    points = [
-        (row.policy, str(row.vms), f"{row.cores:.3f}", f"{row.stolen_cores:.3f}", f"{row.virtual_s:.2f}",
-         f"{row.tco:.3f}")
-        for row in report.figure
-    ]  # fmt: skip
-    _print(console, ("policy", "VMs", "cores", "stolen vCPUs", "virtual s", "TCO"), points)
+    points = []
+    for row in report.figure:
+        figures = (row.cores, *(row.stages[stage] for stage in STAGES), row.stolen_cores, row.virtual_s, row.tco)
+        points.append((row.policy, str(row.vms), *(f"{figure:.3f}" for figure in figures)))
+    _print(console, ("policy", "VMs", "cores", *STAGES, "stolen vCPUs", "virtual s", "TCO"), points)
     for policy in report.absent:
         _line(console, f"{policy}: not there (this installation has no such policy)")
     _line(console, "")
