@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -53,13 +53,12 @@ def validate(
     from fleet.atomic import write_atomic
     from fleet.validate import experiments, runner, table
 
-    most = {"none": 0, "quick": runner.QUICK_COSTS, "all": 99}
-    if costs not in most:
-        raise SpecError(f"--costs: must be one of {', '.join(most)}, not {costs!r}")
+    if costs not in get_args(runner.Extent):
+        raise SpecError(f"--costs: must be one of {', '.join(get_args(runner.Extent))}, not {costs!r}")
     plan = experiments.plan(_scale("1" if full else scale), updates, seed)
     console, progress = _consoles()
     with _watching(progress) as watcher:
-        report = runner.check(plan, most[costs], price, out, watcher, claim or [])
+        report = runner.check(plan, cast(runner.Extent, costs), price, out, watcher, claim or [])
     plain = json.dumps(msgspec.to_builtins(report), indent=2) + "\n"
     write_atomic(out / "validate.json", plain)
     if as_json:

@@ -36,6 +36,12 @@ _SCAN_MB, _SCAN_MS = 256, 100
 """The kernel's scanner: 256 MB at most each 100 ms (MAX_SCAN_WINDOW), 2560 MB/s; the same as guestd/tiering/tpp.py."""
 _TICKS_A_PASS = 4
 """So that rounding a pass up to a tick changes the rate by less than a quarter."""
+_MEMTIS = {
+    "quota_interval_ms": 15000, "cooling_samples": 2_000_000, "cooling_growth_pages": 2_621_440,
+    "adaptation_samples": 100_000, "kmigrated_ms": 500, "demotion_mark_min_mb": 50, "demotion_mark_max_mb": 1000,
+    "promotion_mark_min_mb": 100, "promotion_mark_max_mb": 1500, "direct_demotion_mb": 100,
+}  # fmt: skip
+"""Its times, counts of samples and byte constants, as guestd/tiering declares them."""
 _LEAST_STLB, _LEAST_WALK_CACHE = 64, 4
 
 
@@ -84,8 +90,8 @@ def figure_cell(of: Plan, policy: str, vms: int) -> Experiment:
         "transactions": FIGURE_UPDATES // vms, "policy": policy, "scale": str(of.scale), "seed": of.seed,
         "sample": "1s",
     }  # fmt: skip
-    # What a sampling design burns a second depends on its own times, which therefore stay as they are.
-    scaled = constants(policy, of.scale) if policy.endswith("tpp") else {}
+    # What hyperplace burns a second depends on its epoch and sampling period, which therefore stay as they are.
+    scaled = {} if policy == "hyperplace" else constants(policy, of.scale)
     return _load(flags, machine(of.scale) | scaled)
 
 
@@ -158,6 +164,9 @@ def constants(policy: str, scale: Fraction) -> dict[str, object]:
         }
     if policy == "hyperplace":
         return {"policy.epoch_ms": max(1, round(500 * scale)), "policy.load_period": max(1, round(4093 * scale))}
+    if policy == "memtis":
+        # Its sampling periods stay: the quota holds samples a second, so samples a run shrink as the run does.
+        return {f"policy.{name}": max(1, round(value * scale)) for name, value in _MEMTIS.items()}
     return {}
 
 

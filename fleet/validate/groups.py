@@ -27,15 +27,16 @@ SAMPLES = "samples per epoch / split threshold"
 SWITCHES = "drains per epoch (8 ms slices)"
 REACH = "hot set / STLB reach"
 SAMPLING_RATE = "updates per sample (sampling's CPU)"
-FLOOR = "smallest range / hot set (2 MiB)"
-QUOTA = "quota windows per run (15 s)"
+FLOOR = "hot set / smallest range (2 MiB)"
+QUOTA = "quota windows per run of Memtis (15 s)"
 
 _HOT_BYTES, _FOOTPRINT = 9 * _GIB, 126 * _GIB
 _MISSES = 32
 """A hot set of so many times the STLB's reach hits it at most once in as many accesses."""
-_QUOTA_S = 15
+_FINE = 16
+"""Ranges in a hot set: the two at its edges are then an eighth of it at most."""
 _PACE = 22_000_000
-"""Updates a second where the hot set is in PMEM: only for an idea of how many 15 s windows a run has."""
+"""Updates a second where the hot set is in PMEM: only for an idea of how many windows a run has."""
 
 
 class Group(NamedTuple):
@@ -78,6 +79,10 @@ def _period(plan: Plan) -> Fraction:
     return Fraction(str(_settings(plan, "hyperplace").get("policy.load_period", 4093)))
 
 
+def _quota_s(plan: Plan) -> Fraction:
+    return Fraction(str(_settings(plan, "memtis").get("policy.quota_interval_ms", 15000))) / 1000
+
+
 def _switch_ms(plan: Plan) -> Fraction:
     return Fraction(str(machine(plan.scale).get("guest.sched_slice", "8000us")).removesuffix("us")) / 1000
 
@@ -96,8 +101,9 @@ _RULES = (
     _Rule(REACH, lambda plan: _HOT_BYTES * plan.scale / (stlb_entries(plan.scale) * PAGE_SIZE),
           f"the STLB is scaled, down to 64 entries; above {_MISSES} it does not matter", _MISSES),
     _Rule(SAMPLING_RATE, _period, "fewer updates per sample: sampling and classifying cost too much"),
-    _Rule(FLOOR, lambda plan: Fraction(2 << 20) / (_HOT_BYTES * plan.scale), "a leaf table is the smallest range"),
-    _Rule(QUOTA, lambda plan: FIGURE_UPDATES * plan.scale / (_PACE * _QUOTA_S), "a kernel's constant, not scaled"),
+    _Rule(FLOOR, lambda plan: _HOT_BYTES * plan.scale / (2 << 20),
+          f"the smallest range stays; above {_FINE} of them the hot set has clear edges", _FINE),
+    _Rule(QUOTA, lambda plan: FIGURE_UPDATES * plan.scale / (_PACE * _quota_s(plan)), "the window is scaled"),
 )  # fmt: skip
 
 

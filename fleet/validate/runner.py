@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -18,8 +18,8 @@ from fleet.validate.experiments import FIGURE_POLICIES, FIGURE_VMS, TABLE_POLICI
 from fleet.validate.groups import Group, groups
 from fleet.validate.verdict import Judgement, judge
 
-QUICK_COSTS = 1
-"""Of each claim, the most decisive of its unpublished costs; all of them on demand."""
+Extent = Literal["none", "quick", "all"]
+"""Which of each claim's unpublished costs are moved: none, the most decisive (`Claim.quick`), or all."""
 
 
 class FlushRow(Struct, frozen=True):
@@ -36,6 +36,7 @@ class FlushRow(Struct, frozen=True):
     published_executions_per_request: float | None
     elapsed_s: float
     elapsed_with_populate_s: float
+    guest_mode_ratio: float
     fast_ratio: float
     mops: float
 
@@ -46,6 +47,8 @@ class FigureRow(Struct, frozen=True):
     policy: str
     vms: int
     cores: float
+    stages: dict[str, float]
+    """The same, by stage."""
     stolen_cores: float
     """vCPU time that tiering took away in all, in cores: what burns on vCPUs and what they waited for."""
     virtual_s: float
@@ -69,22 +72,21 @@ class Report(Struct, frozen=True):
     """Cells that failed but for the one that is meant to -> why."""
 
 
-def check(plan: Plan, most_costs: int, price: float, root: Path, watcher: Watcher, only: Sequence[str] = ()) -> Report:
-    """Run it. ``most_costs``: of each claim, how many unpublished costs are moved. ``price``: of a core.
+def check(plan: Plan, extent: Extent, price: float, root: Path, watcher: Watcher, only: Sequence[str] = ()) -> Report:
+    """Run it. ``extent``: which unpublished costs are moved. ``price``: of a core.
 
     ``only``: keys of the claims to judge (none: all), and the cells that they need. Raises SpecError if unknown.
     """
     chosen = _chosen(only)
     needed = {cell for claim in chosen for cell in claim.cells}
     experiments = {name: one for name, one in cells(plan).items() if not only or name in needed}
-    variants = cost_variants(chosen, experiments, most_costs)
+    variants = cost_variants(chosen, experiments, extent)
     summaries = run_cells(experiments | _flat(variants), root, watcher)
     results = {name: summaries[name] for name in experiments}
     figures = published.load()
     kept = groups(plan)
     judgements = [
-        judge(claim, results, _moved(claim, variants, results, summaries, most_costs), figures, kept)
-        for claim in chosen
+        judge(claim, results, _moved(claim, variants, results, summaries, extent), figures, kept) for claim in chosen
     ]
     return Report(
         scale=str(plan.scale),
@@ -115,11 +117,16 @@ def _chosen(only: Sequence[str]) -> list[c.Claim]:
     return [claim for key, claim in known.items() if not only or key in only]
 
 
-def cost_variants(claims: Iterable[c.Claim], experiments: Mapping[str, Experiment], most_costs: int) -> Variants:
-    """The cells that have to run again, for each claim's first ``most_costs`` costs at either bound."""
+def _costs(claim: c.Claim, extent: Extent) -> list[tuple[str, tuple[str, ...]]]:
+    most = {"none": 0, "quick": claim.quick, "all": len(claim.costs)}
+    return list(claim.costs.items())[: most[extent]]
+
+
+def cost_variants(claims: Iterable[c.Claim], experiments: Mapping[str, Experiment], extent: Extent) -> Variants:
+    """The cells that have to run again, for each claim's costs at either bound."""
     found: Variants = {}
     for claim in claims:
-        for cost, names in list(claim.costs.items())[:most_costs]:
+        for cost, names in _costs(claim, extent):
             for name in names:
                 if name not in experiments:
                     continue
@@ -143,11 +150,11 @@ def _variant_name(cell: str, cost: str, end: str) -> str:
 
 
 def _moved(
-    claim: c.Claim, variants: Variants, results: Mapping[str, Summary], summaries: Mapping[str, Summary], most: int
+    claim: c.Claim, variants: Variants, results: Mapping[str, Summary], summaries: Mapping[str, Summary], extent: Extent
 ) -> dict[str, Sequence[Mapping[str, Summary]]]:
     """By cost, the results with the claim's cells replaced by those at a bound of the cost."""
     found: dict[str, Sequence[Mapping[str, Summary]]] = {}
-    for cost, names in list(claim.costs.items())[:most]:
+    for cost, names in _costs(claim, extent):
         ends = []
         for end in ("low", "high"):
             there = {
@@ -188,6 +195,7 @@ def flush_rows(results: Mapping[str, Summary], figures: published.Published) -> 
                 published_executions_per_request=known["tlb_flush"] / requests if requests else None,
                 elapsed_s=c.elapsed_s(summary),
                 elapsed_with_populate_s=c.elapsed_s(summary, populate=True),
+                guest_mode_ratio=summary["vms"][0]["kvm"]["guest_mode_ratio"],
                 fast_ratio=summary["vms"][0]["access"]["fast_ratio"],
                 mops=summary["vms"][0]["throughput_mops"],
             )
@@ -203,5 +211,15 @@ def figure_rows(results: Mapping[str, Summary], price: float) -> list[FigureRow]
             summary: Any = results.get(f"figure/{policy}/{vms}")
             if _ok(summary):
                 cores = c.cores(summary)
-                rows.append(FigureRow(policy, vms, cores, c.stolen_cores(summary), c.elapsed_s(summary), cores * price))
+                rows.append(
+                    FigureRow(
+                        policy,
+                        vms,
+                        cores,
+                        c.stage_cores(summary),
+                        c.stolen_cores(summary),
+                        c.elapsed_s(summary),
+                        cores * price,
+                    )
+                )
     return rows

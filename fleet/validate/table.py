@@ -1,13 +1,15 @@
 """What ``fleet validate`` prints: the TLB-flush table, the scalability figure's points, the groups, the verdicts."""
 
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fleet.validate.claims import STAGES
 from fleet.validate.published import COUNTERS
-from fleet.validate.runner import FlushRow, Report
+from fleet.validate.runner import Report
 from fleet.validate.verdict import Judgement, Verdict
 
 
@@ -18,7 +20,7 @@ def print_report(report: Report, console: Console) -> None:
         f"scale {report.scale}; GUPS of the table: {report.table_updates:.3g} updates before scale (an assumption)\n",
     )
     if report.flushes:
-        _print_flushes(report.flushes, console)
+        _print_flushes(report, console)
     if report.figure:
         _print_figure(report, console)
     _line(console, "Dimensionless groups, at full size and at this scale")
@@ -42,37 +44,45 @@ def _line(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _print_flushes(rows: Sequence[FlushRow], console: Console) -> None:
-    _line(console, "TLB flushes: emulated | published")
-    _print(console, ("", *(row.policy for row in rows)), _flush_lines(rows))
+def _print_flushes(report: Report, console: Console) -> None:
+    n = f" (x {1 / Fraction(report.scale)})" if report.scale != "1" else ""
+    _line(console, f"TLB flushes: emulated{n} | published")
+    _print(console, ("", *(row.policy for row in report.flushes)), _flush_lines(report))
     _line(console, "net: less the background, the fewest local single flushes of any column (the emulator has none)\n")
 
 
 def _print_figure(report: Report, console: Console) -> None:
     _line(console, "Scalability: cores that tiering burns (modelled) in all VMs together, which have 36 vCPUs; ")
     _line(console, f"TCO = cores a VM x VMs x price of a core ({report.price:g})")
-    points = [
-        (row.policy, str(row.vms), f"{row.cores:.3f}", f"{row.stolen_cores:.3f}", f"{row.virtual_s:.2f}",
-         f"{row.tco:.3f}")
-        for row in report.figure
-    ]  # fmt: skip
-    _print(console, ("policy", "VMs", "cores", "stolen vCPUs", "virtual s", "TCO"), points)
+    points = []
+    for row in report.figure:
+        figures = (row.cores, *(row.stages[stage] for stage in STAGES), row.stolen_cores, row.virtual_s, row.tco)
+        points.append((row.policy, str(row.vms), *(f"{figure:.3f}" for figure in figures)))
+    _print(console, ("policy", "VMs", "cores", *STAGES, "stolen vCPUs", "virtual s", "TCO"), points)
     for policy in report.absent:
         _line(console, f"{policy}: not there (this installation has no such policy)")
     _line(console, "")
 
 
-def _flush_lines(rows: Sequence[FlushRow]) -> list[tuple[str, ...]]:
+def _flush_lines(report: Report) -> list[tuple[str, ...]]:
+    rows = report.flushes
+
+    def count(here: float, there: float | None = None) -> str:
+        whole = "" if report.scale == "1" else f" ({here / Fraction(report.scale):.3g})"
+        shown = f"{here:,}" if isinstance(here, int) else f"{here:.3f}"
+        return f"{shown}{whole}" + ("" if there is None else f" | {there:,}")
+
     lines: list[tuple[str, ...]] = [
-        (name, *(f"{row.raw[name]:,} | {row.published[name]:,}" for row in rows)) for name in (*COUNTERS, "total")
+        (name, *(count(row.raw[name], row.published[name]) for row in rows)) for name in (*COUNTERS, "total")
     ]
     lines += [
-        ("total, net", *(f"{row.net:,} | {row.published_net:,}" for row in rows)),
-        ("INVEPT executed", *(f"{row.invepts:,}" for row in rows)),
+        ("total, net", *(count(row.net, row.published_net) for row in rows)),
+        ("INVEPT executed", *(count(row.invepts) for row in rows)),
         ("executions/request", *(f"{row.executions_per_request:.2f} | {_number(row.published_executions_per_request)}"
                                  for row in rows)),
-        ("elapsed s", *(f"{row.elapsed_s:.3f} | {row.published['elapsed_s']}" for row in rows)),
-        ("with populating", *(f"{row.elapsed_with_populate_s:.3f} | (either)" for row in rows)),
+        ("elapsed s", *(count(row.elapsed_s, row.published["elapsed_s"]) for row in rows)),
+        ("with populating", *(count(row.elapsed_with_populate_s) + " | as above" for row in rows)),
+        ("in guest mode", *(f"{100 * row.guest_mode_ratio:.1f} %" for row in rows)),
         ("fast-tier share", *(f"{100 * row.fast_ratio:.1f} %" for row in rows)),
         ("M updates/s", *(f"{row.mops:.1f}" for row in rows)),
     ]  # fmt: skip
@@ -92,7 +102,8 @@ def _notes(one: Judgement) -> list[str]:
         notes.append("this scale breaks: " + ", ".join(one.breaks))
     if one.varied:
         beyond = f"; at an end it {', or '.join(one.range_verdicts)}" if one.range_verdicts else ""
-        notes.append(f"range over {', '.join(one.varied)}{beyond}")
+        bounds = (f"{cost} {' .. '.join(f'{at:.3g}' for at in values)}" for cost, values in one.varied.items())
+        notes.append(f"with a cost at its lowest .. highest: {', '.join(bounds)}{beyond}")
     if one.unvaried:
         notes.append(f"not moved: {', '.join(one.unvaried)} (--costs all)")
     if one.confounders:

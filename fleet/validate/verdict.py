@@ -35,8 +35,9 @@ class Judgement(Struct, frozen=True):
     """Emulated over published."""
     low: float | None
     high: float | None
-    """Range of the emulated value over the plausible ranges of ``varied``, each moved alone."""
-    varied: tuple[str, ...]
+    """Range of the emulated value over the plausible ranges of the costs in ``varied``, each moved alone."""
+    varied: dict[str, list[float]]
+    """The emulated value with one unpublished cost at its lowest and its highest."""
     unvaried: tuple[str, ...]
     """Unpublished costs that the claim names and that this call left at their defaults."""
     range_verdicts: tuple[str, ...]
@@ -62,6 +63,7 @@ def judge(
     failed = [] if claim.holds else [cell for cell in claim.cells if cell in results and _failed(results[cell])]
     value: float | None = None
     evidence = ""
+    varied: dict[str, list[float]] = {}
     span: list[float] = []
     ends: tuple[str, ...] = ()
     if missing or failed:
@@ -73,7 +75,8 @@ def judge(
     else:
         assert claim.value is not None and figure is not None
         value = claim.value(results)
-        span = [value, *(claim.value(other) for ends_of in moved.values() for other in ends_of)]
+        varied = {cost: [claim.value(other) for other in ends_of] for cost, ends_of in moved.items()}
+        span = [value, *(end for at_ends in varied.values() for end in at_ends)]
         verdict = compare(value, figure.value, claim.neutral(results))
         ends = tuple(
             end
@@ -91,7 +94,7 @@ def judge(
         ratio=value / figure.value if figure and value is not None else None,
         low=min(span) if moved and span else None,
         high=max(span) if moved and span else None,
-        varied=tuple(moved),
+        varied=varied,
         unvaried=tuple(cost for cost in claim.costs if cost not in moved),
         range_verdicts=tuple(dict.fromkeys(ends)),
         breaks=breaks,

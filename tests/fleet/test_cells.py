@@ -1,6 +1,9 @@
 """fleet.cells: runs that are made once and found again."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from fleet.cells import cell_name, run_cell, run_cells
 from fleet.errors import LimitError, OutputError
 from fleet.spec import load
 
+ROOT = Path(__file__).parent.parent.parent
 SMALL = {"memory": "16MiB", "transactions": 5000, "policy": "g-tpp"}
 
 
@@ -61,3 +65,27 @@ def test_what_cannot_run_is_refused_before_anything_does(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="choose another --out"):
         run_cell(load(None, SMALL), tmp_path / "file")
+
+
+@pytest.mark.timeout(300)
+def test_an_interrupt_ends_it_cleanly_and_what_was_done_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "spec.toml").write_text('memory = "16MiB"\ntransactions = 5000\n')
+    words = [
+        "sensitivity",
+        str(tmp_path / "spec.toml"),
+        "--metric",
+        "elapsed.virtual_s",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command = [sys.executable, "-m", "fleet", *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("[2/"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    done = [path for path in (tmp_path / "out" / "cells").iterdir() if (path / "summary.json").exists()]
+    assert done
+    assert not (tmp_path / "out" / "sensitivity.json").exists()

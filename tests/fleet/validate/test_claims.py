@@ -5,7 +5,7 @@ from typing import Any
 
 from fleet import hosts
 from fleet.validate import experiments as e
-from fleet.validate.claims import CLAIMS, cores, executions_per_request, flushes, invepts, raw
+from fleet.validate.claims import CLAIMS, cores, executions_per_request, flushes, invepts, raw, stage_cores
 from fleet.validate.groups import groups
 from fleet.validate.published import COUNTERS, load
 
@@ -19,7 +19,10 @@ def vm(**changes: Any) -> dict[str, Any]:
         "kvm": {"tlb_flush": 6, "remote_tlb_flush": 2},
         "vmstat": {"nr_tlb_local_flush_one": 3, "nr_tlb_remote_flush": 3, "nr_tlb_local_flush_all": 1},
         "instructions": {"invept_single": 1, "invept_global": 5},
-        "agent_cpu": {"modelled_cores": 0.5},
+        "agent_cpu": {
+            "modelled_cores": 0.5,
+            "modelled_s": {"track": 3.0, "classify": 0.0, "migrate": 1.0, "total": 4.0},
+        },
     }
     return one | changes
 
@@ -54,6 +57,7 @@ def test_figures_are_sums_over_the_vms() -> None:
     assert raw(summary) == dict(zip(COUNTERS, (12, 4, 6, 6, 2), strict=True)) | {"total": 30}
     assert sum(raw(summary)[name] for name in COUNTERS) == flushes(summary)
     assert (invepts(summary), cores(summary), executions_per_request(summary)) == (12, 1.0, 3.0)
+    assert stage_cores(summary) == {"track": 0.75, "classify": 0.0, "migrate": 0.25}
     assert executions_per_request({"vms": [vm(kvm={"tlb_flush": 6, "remote_tlb_flush": 0})]}) == 0
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from fleet import hosts
 from fleet.validate import experiments as e
+from guestd.tiering.registry import policies
 
 GIB = 1 << 30
 SCALES = [Fraction(1, n) for n in (2, 16, 64, 256, 512)]
@@ -51,3 +52,12 @@ def test_the_scanners_rate_stays() -> None:
         constants = e.constants("g-tpp", scale)
         rate = int(str(constants["policy.scan_size_mb"])) / float(e.pass_ms(scale))
         assert rate == pytest.approx(2.56, rel=0.03), scale
+
+
+def test_the_constants_that_are_scaled_are_those_that_the_policies_declare() -> None:
+    known = policies()
+    for policy in ("g-tpp", "h-tpp", "hyperplace", "memtis"):
+        if policy in known:
+            declared = {f"policy.{param.name}": param.default for param in known[policy].params}
+            nearly_full = e.constants(policy, Fraction(10**9 - 1, 10**9))
+            assert nearly_full == {key: declared[key] for key in nearly_full}, policy

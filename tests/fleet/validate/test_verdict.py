@@ -48,7 +48,7 @@ def test_a_judgement_has_ratio_range_and_confounders() -> None:
     assert found.ratio == pytest.approx(1.1)
     assert (found.low, found.high) == (0.5, 4.0)
     assert found.range_verdicts == (Verdict.DISAGREES, Verdict.DIRECTION)
-    assert (found.varied, found.unvaried) == (("invept",), ("vmexit",))
+    assert (found.varied, found.unvaried) == ({"invept": [0.5, 4.0]}, ("vmexit",))
     assert found.confounders == ("kernels",)
     assert found.basis == "mechanism"
 
