@@ -228,6 +228,7 @@ class AgentCpu(Struct):
     floor_s: float | UnsetType = UNSET
     measured_ns_per_record: float | UnsetType = UNSET
     modelled_ns_per_record: float | UnsetType = UNSET
+    by_definition: list[str] | UnsetType = UNSET
 
 
 class ProcessCpu(Struct):

@@ -131,6 +131,8 @@ def build_report(guest: Guest) -> dict[str, Any]:
             "flushes": flush_totals(before["vmstat"], before["kvm"]),
         },
     }  # fmt: skip
+    if guest.tiering.by_definition:
+        report["agent_cpu"]["by_definition"] = list(guest.tiering.by_definition)
     records = whole["pebs"]["drained_records"]
     if records:
         per_record = report["agent_cpu"]
