@@ -216,7 +216,8 @@ class GuestView(PageView):
         leaves = expand(pages, sizes)
         _writable(self.meter.book, self._table, self._pde, pages, leaves, WRITABLE if writable else 0)
         self.meter.charge(self.costs.protect_pte_ps * pages.size)
-        self.flush.range(leaves)
+        if pages.size:
+            self.flush.range(int(leaves.min()), int(leaves.max()))
 
     def work_together(self, threads: int, work_ps: int) -> None:
         """Work that as many threads share, each on a vCPU: this one, which waits for the others, and those after it."""
