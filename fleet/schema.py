@@ -226,8 +226,7 @@ class AgentCpu(Struct):
     modelled_cores: float
     stolen_s: float
     floor_s: float | UnsetType = UNSET
-    measured_ns_per_record: float | UnsetType = UNSET
-    modelled_ns_per_record: float | UnsetType = UNSET
+    by_definition: list[str] | UnsetType = UNSET
 
 
 class ProcessCpu(Struct):

@@ -33,13 +33,14 @@ from proto.entry import (
     STAMP_TABLE_BASE,
     WRITABLE,
 )
+from proto.trace import LLC_HIT, LOAD
 from proto.units import PAGE_SHIFT, TABLE_PAGES, TABLE_SHIFT
 
 QUEUED = 1 << 10
 """Software bit: the page is in the batch that is being collected."""
 NO_FRAME = -1
 
-OUT_OF_MEMORY = 1
+OUT_OF_MEMORY, WRITE_PROTECTED = 1, 2
 LOOK_AHEAD_PS = 100_000_000
 """Compute that a look-ahead may cover (100 us): of a slow program it takes fewer accesses at once."""
 HINT_BATCH = 32
@@ -77,7 +78,8 @@ class Batch(NamedTuple):
     """int64[n]: pages (or STAMP_TABLE_BASE + table) that got a frame and are to be cleared once the EPT maps it."""
     fresh_gpfn: Words
     counts: Words
-    """int64[4]: hints, gPA frames, fresh, state (OUT_OF_MEMORY)."""
+    """int64[4]: hints, gPA frames, fresh, state (OUT_OF_MEMORY, or WRITE_PROTECTED: the first access is a write to a
+    page that the policy write-protected)."""
 
 
 def new_batch(block: int) -> Batch:
@@ -240,6 +242,12 @@ def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, defa
             if not listed and not _backed(ept, frame):
                 gpt[page] = entry | QUEUED
                 _list_gpfn(batch, frame, position, 1)
+            elif position == start and (entry & WRITABLE) == 0 and (vcpus.kind[vcpu, position] & ~LLC_HIT) != LOAD:
+                # Only time takes the protection off, so that what comes after it is looked at then.
+                vcpus.retries[vcpu, position] += 1
+                m.counters[C.vmstat__pgfault] += 1
+                batch.counts[3] = WRITE_PROTECTED
+                break
     batch.counts[0] = hints
     for position in range(start, end):
         page = vcpus.address[vcpu, position] >> PAGE_SHIFT

@@ -20,6 +20,7 @@ from guestd.events import EventLog
 from guestd.fault import (
     NO_FRAME,
     OUT_OF_MEMORY,
+    WRITE_PROTECTED,
     Thp,
     charge_hints,
     charge_violations,
@@ -49,6 +50,7 @@ from guestd.vcpu import (
     EPT_REFAULT,
     FLUSH_AT_ENTRY,
     HALTED,
+    HINT_FAULT,
     IDLE,
     KTHREAD_END,
     KTHREAD_START,
@@ -69,7 +71,7 @@ from proto.counters import C
 from proto.entry import FRAME_MASK, FRAME_SHIFT, HUGE, PRESENT, PROTNONE, WRITABLE
 from proto.layout import OPERATION, VmMemory
 from proto.messages import Advance, Tick
-from proto.units import PS_PER_S, TABLE_PAGES
+from proto.units import PAGE_SHIFT, PS_PER_S, TABLE_PAGES
 
 FOREVER = 1 << 62
 NULL_ACTIVATIONS = 200
@@ -164,7 +166,13 @@ class Guest:
         heapq.heappush(self._timers, (time_ps, self._sequence, action))
 
     def _schedule_policy(self, name: str, at_ps: int) -> None:
-        self._at(at_ps, lambda: self._activate(KTHREAD, self._agent_vcpu(), self.tiering.on_timer, name))
+        self._at(at_ps, partial(self._run_policy, name))
+
+    def _run_policy(self, name: str) -> None:
+        thread = self.tiering.thread_of(name)
+        vcpu = self._agent_vcpu() if thread.vcpu is None else thread.vcpu
+        context = TASK if thread.user else KTHREAD
+        self._activate(context, vcpu, self.tiering.on_timer, name, charge_vcpu=not thread.own_core)
 
     def start(self) -> None:
         """Boot at the tenant's start time, once its memory is ready: scheduler timers, the policy's own."""
@@ -321,12 +329,16 @@ class Guest:
             counters[C.exit__ept_violation] += np.count_nonzero(cost)
         if fresh and clear_fresh(machine, vcpu, batch.fresh[:fresh], batch.fresh_gpfn[:fresh]):
             raise GuestError("the host left frames unmapped after it had answered the fault")
+        if state == WRITE_PROTECTED:
+            page = int(vcpus.address[vcpu, vcpus.field[vcpu, POSITION]]) >> PAGE_SHIFT
+            wait = self._activate(TASK, vcpu, self.tiering.on_write_fault, page, at=now, charge_vcpu=False)
+            book(vcpus, vcpu, HINT_FAULT, wait)
         if hints:
             pages = batch.hint_page[:hints]
             cost = self._activate(TASK, vcpu, self.tiering.on_hint_faults, pages, at=now, charge_vcpu=False)
             charge_hints(vcpus, vcpu, batch, cost)
         self._wake_kswapd(now)
-        if state != OUT_OF_MEMORY and not (hints or gpfns or fresh):
+        if state == 0 and not (hints or gpfns or fresh):
             raise GuestError("an access cannot be translated, and no fault says why; the policy left an entry unusable")
         if state == OUT_OF_MEMORY and not (hints or gpfns or fresh):
             raise GuestError(

@@ -21,6 +21,7 @@ from guestd.pml import set_accessed, set_dirty
 from guestd.tiering.pages import Pdes, expand, frame_of
 from guestd.tiering.radix import radix_of
 from guestd.tiering.view import PageView
+from guestd.vcpu import AGENT, book
 from proto.arrays import Bytes, Ints, Mask, Words
 from proto.config import GuestConfig
 from proto.costs import copy_ps
@@ -145,6 +146,16 @@ def _collapse_entries(gpt: Words, pde: Pdes, head: int, target: int) -> None:
     pde[head >> TABLE_SHIFT] = (target << FRAME_SHIFT) | PRESENT | WRITABLE | HUGE | ACCESSED | DIRTY
 
 
+@metered
+def _writable(gpt: Words, pde: Pdes, heads: Words, leaves: Words, bit: int) -> None:
+    """Set or clear (``bit`` = 0) WRITABLE in the entries of units and, for the books of huge ones, their leaves."""
+    for head in heads:
+        if (pde[head >> TABLE_SHIFT] & HUGE) != 0:
+            pde[head >> TABLE_SHIFT] = (pde[head >> TABLE_SHIFT] & ~WRITABLE) | bit
+    for leaf in leaves:
+        gpt[leaf] = (gpt[leaf] & ~WRITABLE) | bit
+
+
 class GuestView(PageView):
     """See the module. ``flush.vcpu`` is the vCPU that the work in progress runs on (set by the scheduler)."""
 
@@ -189,6 +200,34 @@ class GuestView(PageView):
             self.flush.range(first, first + count - 1)
         return int(changed)
 
+    def write_protect(self, pages: Words) -> None:
+        """Have writes to units fault (`Tiering.on_write_fault`) until `end_write_protection`; one flush for all.
+
+        userfaultfd's UFFDIO_WRITEPROTECT (mm/mprotect.c, change_protection) of the range that they lie in.
+        """
+        self._set_writable(pages, False)
+
+    def end_write_protection(self, pages: Words) -> None:
+        """Have units writable again, and flush what is cached of them, once for all: they may have been moved."""
+        self._set_writable(pages, True)
+
+    def _set_writable(self, pages: Words, writable: bool) -> None:
+        sizes = self.sizes(pages)
+        leaves = expand(pages, sizes)
+        _writable(self.meter.book, self._table, self._pde, pages, leaves, WRITABLE if writable else 0)
+        self.meter.charge(self.costs.protect_pte_ps * pages.size)
+        if pages.size:
+            self.flush.range(int(leaves.min()), int(leaves.max()))
+
+    def work_together(self, threads: int, work_ps: int) -> None:
+        """Work that as many threads share, each on a vCPU: this one, which waits for the others, and those after it."""
+        share = -(-work_ps // threads)
+        count = self.vcpus
+        others = (self.flush.vcpu + np.arange(1, threads)) % count
+        book(self._machine.vcpus, others, AGENT, share)
+        self.meter.charge(share)
+        self.meter.charge_elsewhere(share * others.size)
+
     def _flush_young(self, young: int) -> None:
         """Nothing: x86 leaves the stale entry, at worst the page looks idle for a while."""
 
@@ -231,11 +270,12 @@ class GuestView(PageView):
         budget[1, target] -= pages * PAGE_SIZE
 
     def _migrate(self, pages: Words, frames: Ints, targets: Ints, sizes: Words, node: int, cost_ps: Words,
-                 protect: bool) -> None:  # fmt: skip
+                 protect: bool, copied: bool) -> None:  # fmt: skip
         leaves, sources, places = expand(pages, sizes), expand(frames, sizes), expand(targets, sizes)
         protnone = PROTNONE if protect else 0
         self._back(np.concatenate([sources, places]))
-        self._flush_unmapped(pages, sizes, self._kernel.batched_unmap_flush and self.meter.context != TASK)
+        if not copied:
+            self._flush_unmapped(pages, sizes, self._kernel.batched_unmap_flush and self.meter.context != TASK)
         _copy_and_map(self.meter.book, self._machine, self.nodes, leaves, sources, places, protnone, self.flush.vcpu)
         huge = sizes > 1
         if huge.any():

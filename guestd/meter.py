@@ -122,6 +122,10 @@ class Meter:
         self.outside_ps += ps
         self.now += ps
 
+    def charge_elsewhere(self, ps: int) -> None:
+        """Model work of the current stage that other threads did meanwhile."""
+        self.modelled_ps[self.context, self.book[CURRENT]] += ps
+
     def measured_s(self) -> dict[str, float]:
         """CPU-seconds per stage."""
         return {name: float(self.book[i]) / 1e9 for i, name in enumerate(STAGES)}

@@ -131,11 +131,8 @@ def build_report(guest: Guest) -> dict[str, Any]:
             "flushes": flush_totals(before["vmstat"], before["kvm"]),
         },
     }  # fmt: skip
-    records = whole["pebs"]["drained_records"]
-    if records:
-        per_record = report["agent_cpu"]
-        per_record["measured_ns_per_record"] = measured["track"] * 1e9 / records
-        per_record["modelled_ns_per_record"] = modelled["track"] * 1e9 / records
+    if guest.tiering.by_definition:
+        report["agent_cpu"]["by_definition"] = list(guest.tiering.by_definition)
     if guest.sampling or config.host.pebs == "shared":
         report["pebs"] = {**groups["pebs"], **guest.perf.pmu.report()}
         if drained := whole["pebs"]["drained_records"]:

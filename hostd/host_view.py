@@ -235,7 +235,8 @@ class HostView(PageView):
         self._moving.append((times, frames, targets))
 
     def _migrate(self, pages: Words, frames: Ints, targets: Ints, sizes: Words, node: int, cost_ps: Words,
-                 protect: bool) -> None:  # fmt: skip
+                 protect: bool, copied: bool) -> None:  # fmt: skip
+        assert not copied, "no host-side policy write-protects"
         leaves, sources, places = expand(pages, sizes), expand(frames, sizes), expand(targets, sizes)
         if self.in_fault:
             slow = int((sources >= self._half).sum())

@@ -101,7 +101,7 @@ class C(IntEnum):
     """Waiting for translations and memory."""
     time__minor_fault_ps = auto()
     time__hint_fault_ps = auto()
-    """NUMA hint faults, with the migrations in them."""
+    """NUMA hint faults, with the migrations in them; writers that wait for pages under write protection."""
     time__ept_violation_ps = auto()
     """Exits for gPA frames that the EPT never mapped."""
     time__ept_refault_ps = auto()

@@ -52,6 +52,17 @@ class Sampling(NamedTuple):
         return RECORD_GROUPS[self.groups]
 
 
+class AgentThread(NamedTuple):
+    """A thread that a policy's timer runs on; by default a kernel thread that the load balancer puts on some vCPU."""
+
+    vcpu: int | None = None
+    """The vCPU that it is pinned to."""
+    own_core: bool = False
+    """It runs beside the vCPUs and takes no time of theirs."""
+    user: bool = False
+    """It is one of the workload's process, whose page tables are loaded while it runs."""
+
+
 class PluginError(Exception):
     """A third party's policy cannot be used; the message names its entry point."""
 
@@ -64,6 +75,8 @@ class Tiering:
 
     reclaim_mark: int | None = None
     drains_at_context_switch = False
+    by_definition: tuple[str, ...] = ()
+    """Stages with a thread that never sleeps: their modelled CPU is the time that it ran, not the work that it did."""
 
     def __init__(self, view: PageView, params: Params) -> None:
         self.view = view
@@ -74,6 +87,14 @@ class Tiering:
 
     def on_timer(self, name: str) -> None:
         """A timer set with ``view.schedule`` is due."""
+
+    def thread_of(self, name: str) -> AgentThread:
+        """The thread that `on_timer(name)` runs on."""
+        return AgentThread()
+
+    def on_write_fault(self, page: int) -> int:
+        """A write to a page that the policy write-protected; what that costs its vCPU, ps. By then it is writable."""
+        raise NotImplementedError(f"page {page} is write-protected, and the policy does not say by whom")
 
     def on_hint_faults(self, pages: Words) -> Words:
         """NUMA hint faults on ``pages`` (int64[n]), each taken once; returns what each cost its vCPU, ps (int64[n])."""

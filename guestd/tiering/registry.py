@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 
-from guestd.tiering import bounds, hyperplace, memtis, none, oracle, tpp
+from guestd.tiering import bounds, hemem, hyperplace, memtis, none, oracle, tpp
 from guestd.tiering.policy import PluginError, Policy
 from guestd.tiering.stage import Stage, with_stages
 
@@ -17,6 +17,7 @@ BUILT_IN = (
     tpp.G_TPP,
     tpp.H_TPP,
     memtis.POLICY,
+    hemem.POLICY,
     hyperplace.POLICY,
 )
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from guestd.meter import CLASSIFY, MIGRATE, TRACK
+from guestd.meter import CLASSIFY, MIGRATE, STAGES, TRACK
 from guestd.params import Param
-from guestd.tiering.policy import Params, Policy, Sampling, Tiering
+from guestd.tiering.policy import AgentThread, Params, Policy, Sampling, Tiering
 from guestd.tiering.view import PageView
 from proto.arrays import Mask, Words
 
@@ -100,6 +100,8 @@ class Evidence:
 class _StageBase:
     kind: Kind
     books = TRACK
+    never_sleeps = False
+    """It has a thread that is always running (`Tiering.by_definition`)."""
 
     def __init__(self, view: PageView, params: Params) -> None:
         self.view = view
@@ -114,6 +116,10 @@ class _StageBase:
 
     def on_timer(self, name: str) -> None:
         """A timer set with `schedule` is due; booked to this stage."""
+
+    def thread_of(self, name: str) -> AgentThread:
+        """The thread that `on_timer(name)` runs on."""
+        return AgentThread()
 
 
 class Tracker(_StageBase):
@@ -219,6 +225,10 @@ class Migrator(_StageBase):
     def on_pressure(self, budget_ps: int) -> None:
         """See `Tiering.on_pressure`."""
 
+    def on_write_fault(self, page: int) -> int:
+        """See `Tiering.on_write_fault`; booked to `migrate`."""
+        raise NotImplementedError(f"page {page} is write-protected, and the migrator protects none")
+
 
 class Staged(Tiering):
     """A policy that is composed of stages."""
@@ -236,6 +246,7 @@ class Staged(Tiering):
         self._stages: dict[str, _StageBase] = {
             "tracker": self.tracker, "classifier": self.classifier, "migrator": self.migrator,
         }  # fmt: skip
+        self.by_definition = tuple(STAGES[stage.books] for stage in self._stages.values() if stage.never_sleeps)
 
     def start(self) -> None:
         for stage in self._stages.values():
@@ -247,6 +258,10 @@ class Staged(Tiering):
         stage = self._stages[kind]
         with self.view.meter.stage(stage.books):
             stage.on_timer(own)
+
+    def thread_of(self, name: str) -> AgentThread:
+        kind, _, own = name.partition(".")
+        return self._stages[kind].thread_of(own)
 
     def on_samples(self, samples: Words) -> None:
         with self.view.meter.stage(TRACK):
@@ -260,6 +275,10 @@ class Staged(Tiering):
         with self.view.meter.stage(MIGRATE):
             self.migrator.on_pressure(budget_ps)
 
+    def on_write_fault(self, page: int) -> int:
+        with self.view.meter.stage(MIGRATE):
+            return self.migrator.on_write_fault(page)
+
     def hot_set(self) -> Words | None:
         """See `Classifier.hot_set`."""
         return self.classifier.hot_set()
@@ -268,12 +287,14 @@ class Staged(Tiering):
 def composed(policy: Policy, tracker: Stage, classifier: Stage, migrator: Stage) -> Policy:
     """``policy`` (name, view, source, ...) made of these stages: their parameters, with its own defaults for them.
 
+    A parameter that several of them declare alike is one.
+
     Raises StageError if they do not go together.
     """
     stages: dict[Kind, Stage] = {"tracker": tracker, "classifier": classifier, "migrator": migrator}
     _check(policy, stages)
-    params = tuple(param._replace(default=policy.defaults.get(param.name, param.default))
-                   for stage in stages.values() for param in stage.params)  # fmt: skip
+    declared = dict.fromkeys(param for stage in stages.values() for param in stage.params)
+    params = tuple(param._replace(default=policy.defaults.get(param.name, param.default)) for param in declared)
     return replace(
         policy,
         stages={kind: stage.name for kind, stage in stages.items()},

@@ -100,29 +100,43 @@ class PageView(Observations):
     def protect(self, first: int, count: int) -> int:
         """Put slow pages of [first, first + count) under PROT_NONE; returns how many; one flush for the range."""
 
+    def write_protect(self, pages: Words) -> None:
+        """Have writes to units fault until `end_write_protection`. A guest's view only."""
+        raise NotImplementedError
+
+    def end_write_protection(self, pages: Words) -> None:
+        """Have units writable again. A guest's view only."""
+        raise NotImplementedError
+
+    def work_together(self, threads: int, work_ps: int) -> None:
+        """Work that as many threads share, each on a vCPU of its own. A guest's view only."""
+        raise NotImplementedError
+
     def unprotect(self, pages: Words) -> None:
         """Take PROT_NONE off pages (a fault resolves it; no flush is needed)."""
         ptes.unprotect(self.meter.book, self._table, self._pde, pages)
 
-    def move(self, pages: Words, node: int, keep: int, *, sync: bool = False, protect: bool = False) -> Mask:
+    def move(self, pages: Words, node: int, keep: int, *, sync: bool = False, protect: bool = False,
+             copied: bool = False) -> Mask:  # fmt: skip
         """Migrate pages to ``node``, leaving ``keep`` frames free there; ``sync``: in the fault path.
 
-        ``protect``: their new entries are PROT_NONE, so that the next access is a hint fault.
+        ``protect``: their new entries are PROT_NONE, so that the next access is a hint fault. ``copied``: content has
+        been copied under `write_protect`, whose end will flush, so that neither costs anything here.
 
         Returns bool[n], false where there was no frame or the page was already there. Content moves along. A huge page
         needs a free block; without one it stays (`thp_migration_fail`), and may be `split`.
         """
         heads = self.heads(pages)
         if (heads == pages).all():
-            return self._move(pages, node, keep, sync, protect)
+            return self._move(pages, node, keep, sync, protect, copied)
         # Pages of one unit may have been named several times; it moves once, where it was named first.
         once, first, which = np.unique(heads, return_index=True, return_inverse=True)
         order = np.argsort(first)
         moved = np.empty(once.size, np.bool_)
-        moved[order] = self._move(once[order], node, keep, sync, protect)
+        moved[order] = self._move(once[order], node, keep, sync, protect, copied)
         return moved[which]
 
-    def _move(self, pages: Words, node: int, keep: int, sync: bool, protect: bool) -> Mask:
+    def _move(self, pages: Words, node: int, keep: int, sync: bool, protect: bool, copied: bool) -> Mask:
         if pages.size == 0:
             return np.zeros(0, np.bool_)
         frames = self.frames(pages)
@@ -137,8 +151,8 @@ class PageView(Observations):
             sizes = self.frame_sizes(frames)
             units.relink(self.meter.book, self.nodes, frames, targets, node)
             each = self.costs.migrate_page_ps + (self.costs.migrate_sync_ps if sync else 0)
-            copies = copy_ps(self.costs, node == FAST, node == SLOW) * sizes
-            self._migrate(pages, frames, targets, sizes, node, each + copies, protect)
+            copies = 0 * sizes if copied else copy_ps(self.costs, node == FAST, node == SLOW) * sizes
+            self._migrate(pages, frames, targets, sizes, node, each + copies, protect, copied)
             self.counters[C.vmstat__pgmigrate_success] += int(sizes.sum())
             self.counters[C.bytes__migrated] += int(sizes.sum()) << PAGE_SHIFT
         return moved
@@ -239,8 +253,11 @@ class PageView(Observations):
 
     @abstractmethod
     def _migrate(self, pages: Words, frames: Ints, targets: Ints, sizes: Words, node: int, cost_ps: Words,
-                 protect: bool) -> None:  # fmt: skip
-        """Unmap, flush, copy, remap; free the old frames. ``cost_ps``: int64[n], work per unit without flushes."""
+                 protect: bool, copied: bool) -> None:  # fmt: skip
+        """Unmap, flush (but if ``copied``), copy, remap; free the old frames.
+
+        ``cost_ps``: int64[n], work per unit without flushes.
+        """
 
     @abstractmethod
     def _swap(self, slow_pages: Words, slow_frames: Ints, fast_pages: Words, fast_frames: Ints, sizes: Words,
