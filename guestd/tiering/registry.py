@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 
-from guestd.tiering import bounds, hyperplace, memtis, none, oracle, tpp
+from guestd.tiering import bounds, heterovisor, hyperplace, memtis, none, oracle, raminate, tpp
 from guestd.tiering.policy import PluginError, Policy
 from guestd.tiering.stage import Stage, with_stages
 
@@ -18,6 +18,8 @@ BUILT_IN = (
     tpp.H_TPP,
     memtis.POLICY,
     hyperplace.POLICY,
+    heterovisor.POLICY,
+    raminate.POLICY,
 )
 
 

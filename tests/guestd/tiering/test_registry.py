@@ -8,7 +8,9 @@ import pytest
 from guestd.tiering import registry
 from guestd.tiering.policy import PluginError, Policy
 
-BUILT_IN = {"none", "all-fast", "all-slow", "oracle", "g-tpp", "h-tpp", "memtis", "hyperplace"}
+BUILT_IN = {
+    "none", "all-fast", "all-slow", "oracle", "g-tpp", "h-tpp", "memtis", "hyperplace", "heterovisor", "raminate",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
