@@ -144,6 +144,7 @@ class Pml(Struct):
     entries: int
     full_exits: int
     useless_ratio: float
+    copied_again: int
     harvested_pages: int | UnsetType = UNSET
 
 

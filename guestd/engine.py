@@ -11,6 +11,7 @@ to be generated, a fault, a PMI.
 
 import numpy as np
 
+from guestd.host_work import apply_host_work
 from guestd.instructions import ANY, invept
 from guestd.jit import assume, inline, int64, kernel, prefetch
 from guestd.kvm import apply_operation, leave_guest, operation_due, violation_wait, vm_exit
@@ -73,6 +74,7 @@ from proto.entry import (
     STAMP_VERSION_MASK,
     WRITABLE,
 )
+from proto.layout import OP_PAUSE
 from proto.trace import LLC_HIT, LOAD, STORE
 from proto.units import PAGE_SHIFT, TABLE_PAGES, TABLE_SHIFT
 
@@ -375,7 +377,10 @@ def run(m: Machine, operations: np.ndarray, until: int) -> int:
             due = operation_due(m, operations[next_operation])
             if due > boundary:
                 break
-            apply_operation(m, operations[next_operation], due)
+            if operations[next_operation].kind >= OP_PAUSE:
+                apply_host_work(m, operations[next_operation], boundary)
+            else:
+                apply_operation(m, operations[next_operation], due)
             next_operation += 1
         state[S.OPERATION] = next_operation
         if boundary >= until:

@@ -41,7 +41,7 @@ from guestd.params import resolve
 from guestd.perf_events import PerfEvents
 from guestd.report import Snapshot, build_report, progress
 from guestd.threads import Threads
-from guestd.tiering.policy import Tiering
+from guestd.tiering.policy import Tiering, with_needs
 from guestd.tiering.registry import policy_of
 from guestd.vcpu import (
     AGENT,
@@ -86,13 +86,13 @@ class Guest:
     """See the module. Raises GuestError when the guest cannot go on (out of memory, killed by a PEBS record)."""
 
     def __init__(self, config: GuestConfig, memory: VmMemory, ept_fault: EptFaultCall, threads: Threads) -> None:
-        self.config = config
+        self.policy = policy_of(config.policy, config.stages)
+        self.config = config = with_needs(config, self.policy)
         self.memory = memory
         self._host_ept_fault = ept_fault
         self._operations = np.zeros(0, OPERATION)
         """The host's for this quantum, in order of time; `S.OPERATION` says which is next."""
         self._threads = threads
-        self.policy = policy_of(config.policy, config.stages)
         params = resolve(self.policy.params, config.policy_params)
         self.workload = workloads()[config.workload].create(config)
         host_side = self.policy.view == "host"

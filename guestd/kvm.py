@@ -34,7 +34,7 @@ from proto.entry import (
     WRITABLE,
     YOUNG,
 )
-from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP
+from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_PAUSE, OP_STALL, OP_SWAP, OP_ZAP
 from proto.units import PAGE_SIZE, TABLE_PAGES, TABLE_SHIFT
 
 
@@ -261,10 +261,11 @@ def _harvest(m: Machine, now: int, clear_ps: int) -> None:
 def operation_due(m: Machine, operation: Any) -> int:
     """When ``operation`` is executed, ps: what changes the EPT first waits for mmu_lock, to the quantum's end at most.
 
-    The host's thread does not lose that time: what it does next, it had planned for then.
+    The host's thread does not lose that time: what it does next, it had planned for then. What it does in a pause, which
+    has waited, or with the guest's own tables waits for nobody.
     """
     due = operation.time_ps
-    if operation.kind != OP_STALL:
+    if operation.kind != OP_STALL and operation.kind <= OP_PAUSE:
         due = max(due, min(due + wait_for(m.mmu_lock, due), m.state[S.END_PS]))
     return int(due)
 

@@ -87,6 +87,8 @@ class Machine(NamedTuple):
     """int64[tables]: gVA of the first page of each leaf table."""
     ds: DsArea
     pml: Pml
+    walk: Words
+    """`proto.layout.VmMemory.walk`"""
     mmu_lock: Words
     """See `guestd.mmu_lock`."""
     state: Words
@@ -140,6 +142,7 @@ def new_machine(
         table_gva=space.table_gva,
         ds=new_ds_area(config.vcpus, config.kernel.ds_pages, sampling, costs, _host_buffer(config, memory)),
         pml=new_pml(config.vcpus, memory.dirty, config.host.pml, costs),
+        walk=memory.walk,
         mmu_lock=new_mmu_lock(),
         state=state,
         latency_ps=np.zeros((2, 2), np.int64),

@@ -144,6 +144,7 @@ def build_report(guest: Guest) -> dict[str, Any]:
             "entries": entries,
             "full_exits": whole["exit"]["pml_full"],
             "useless_ratio": whole["pml"]["useless"] / max(1, entries),
+            "copied_again": whole["pml"]["copied_again"],
         }
     return report | guest.watch.report()
 

@@ -233,6 +233,7 @@ class HostCore:
         report["migration"] |= {
             "promoted_pages": report["vmstat"]["pgpromote_success"],
             "demoted_pages": report["vmstat"]["pgdemote_kswapd"],
+            "swapped_pairs": report["vmstat"]["pgexchange_success"],
             "failed_pages": report["vmstat"]["pgmigrate_fail"],
             "bytes": report["migration"]["bytes"] + mine["bytes"]["migrated"],
         }

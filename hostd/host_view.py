@@ -66,7 +66,7 @@ def _split_entries(ept: Words, pde: Pdes, heads: Words) -> None:
 
 
 @metered
-def _take_bitmap(bitmap: Words, out: Words) -> int:
+def take_bitmap(bitmap: Words, out: Words) -> int:
     """The numbers of the bits that are set, which are cleared; returns how many."""
     found = 0
     for word in range(bitmap.size):
@@ -105,6 +105,7 @@ class HostView(PageView):
         self._thp = config.host.backs_huge
         self._stamps = memory.stamps
         self._dirty = memory.dirty
+        self._walk = memory.walk
         self.hint_fault_ps = config.costs.host_hint_fault_ps
         self.operations: list[Operations] = [] if operations is None else operations
         self._moving: list[tuple[Words, Words, Words]] = []
@@ -189,7 +190,7 @@ class HostView(PageView):
     def harvest_dirty(self) -> Words:
         """gPA pages (int64[n], rising) that harvests before this barrier took, page tables too; costs a PTE each."""
         out = np.empty(self._table.size, np.int64)
-        count = int(_take_bitmap(self.meter.book, self._dirty[1], out))
+        count = int(take_bitmap(self.meter.book, self._dirty[1], out))
         self.meter.charge(self.costs.scan_pte_ps * count)
         return out[:count].copy()
 

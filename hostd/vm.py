@@ -20,10 +20,11 @@ from guestd.meter import HOST_THREAD, TASK, Meter
 from guestd.mm.nodes import FAST, new_nodes
 from guestd.params import resolve
 from guestd.tiering.pages import expand
-from guestd.tiering.policy import Policy, Tiering
+from guestd.tiering.policy import Policy, Tiering, with_needs
 from hostd.backing import BACKED, Prices, back
 from hostd.dirty_log import DirtyLog
 from hostd.errors import RefusedMessage
+from hostd.host_tools import HostTools
 from hostd.host_view import HostView
 from hostd.swap import Swap
 from proto.arrays import Words
@@ -63,7 +64,7 @@ class Vm:
     """See the module. ``populated``: the accounts when the guest had populated its memory."""
 
     def __init__(self, config: GuestConfig, policy: Policy, memory: VmMemory) -> None:
-        self.config = config
+        self.config = config = with_needs(config, policy)
         self.memory = memory
         self.flat = policy.view == "host"
         self.nodes = new_nodes(config.total_pages, config.fast_pages, config.slow_pages)
@@ -84,7 +85,7 @@ class Vm:
         self._reclaim_end_ps = 0
         """kswapd is one thread: no tick wakes it before it is through with what it began."""
         self._events = EventLog(config.events_path if self.flat else "", config.vm)
-        self.view = HostView(config, memory, self.nodes, self.meter, self.counters, self._schedule, self._events)
+        self.view = HostTools(config, memory, self.nodes, self.meter, self.counters, self._schedule, self._events)
         self.swap: Swap | None = None
         self.dirty_log: DirtyLog | None = None
         host = config.host
@@ -187,7 +188,7 @@ class Vm:
 
     def prepare(self, now_ps: int, until_ps: int) -> bytes:
         """Run the host's threads for the coming quantum; the operations that the VM executes in it (`OPERATION`s)."""
-        self.until_ps = until_ps
+        self.until_ps = self.view.barrier_ps = until_ps
         sample_ps = self.config.sample_ps
         if self.flat and until_ps // sample_ps > now_ps // sample_ps:
             self._publish_hot_set()

@@ -96,6 +96,8 @@ class Costs(Struct, frozen=True):
     """What kicking vCPUs out of guest mode costs the host thread that asks, without the targets."""
     kick_target_ps: int
     """What each kicked vCPU adds."""
+    vm_pause_ps: int
+    """Stop all vCPUs of a VM from user space and let them run again, without what is done meanwhile."""
     pv_flush_entry_ps: int
     """What a preempted vCPU's flush on enter (KVM's paravirtual TLB flush) adds to its next entry."""
 

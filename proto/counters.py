@@ -74,6 +74,7 @@ class C(IntEnum):
     exit__kick = auto()
     exit__pmi = auto()
     exit__host_task = auto()
+    exit__paused = auto()
     exit__preempted = auto()
     exit__pml_full = auto()
 
@@ -94,6 +95,8 @@ class C(IntEnum):
 
     pml__entries = auto()
     pml__useless = auto()
+    pml__copied_again = auto()
+    """Pages under migration that were written after their copy, and copied again while the VM was paused."""
 
     time__think_ps = auto()
     """Compute between accesses. All of this group: vCPU time, kept in the vCPUs' ledgers."""
@@ -112,6 +115,8 @@ class C(IntEnum):
     time__pml_full_ps = auto()
     time__host_task_ps = auto()
     """The vCPU's thread works for the host before it enters the guest again."""
+    time__paused_ps = auto()
+    """Stopped with the whole VM, while the host rewrites its EPT."""
     time__preempted_ps = auto()
     """Others run on the vCPU's pCPU."""
     time__interrupt_ps = auto()
@@ -147,10 +152,11 @@ class C(IntEnum):
 COUNTERS = len(C)
 LEDGER = C.time__halted_ps - C.time__think_ps + 1
 """Parts of a vCPU's time."""
-EXIT_PARTS = ("ept_violation", "ept_refault", "kick", "pmi_exit", "pml_full", "host_task", "preempted", "halted")
+EXIT_PARTS = ("ept_violation", "ept_refault", "kick", "pmi_exit", "pml_full", "host_task", "paused", "preempted",
+              "halted")  # fmt: skip
 """Parts of a vCPU's time in which it is outside guest mode."""
-STOLEN_PARTS = ("hint_fault", "ept_refault", "kick", "pmi_exit", "pml_full", "host_task", "interrupt", "agent",
-                "pebs_record")  # fmt: skip
+STOLEN_PARTS = ("hint_fault", "ept_refault", "kick", "pmi_exit", "pml_full", "host_task", "paused", "interrupt",
+                "agent", "pebs_record")  # fmt: skip
 """Parts of a vCPU's time that management took from it."""
 Counters = npt.NDArray[np.int64]
 """int64[COUNTERS]"""

@@ -27,13 +27,28 @@ OP_SWAP = 5
 """Zap gPA frames a and b, flush once, exchange their contents' places, to be mapped there at their next faults."""
 OP_HARVEST = 6
 """Empty all logs of dirty pages, move the bitmap to the row for the host, clear those D bits, and request one flush."""
+OP_PAUSE = 7
+"""Stop all vCPUs for b ps, with one flush request, which each executes as it enters the guest again.
+
+OP_TRADE and OP_SWITCH at the same time happen meanwhile, so they rewrite entries in place and request nothing."""
+OP_TRADE = 8
+"""Let gPA frames a and b trade their frame slots, contents moving along through a buffer."""
+OP_COPY = 9
+"""Copy the content of gPA frame a to frame slot b; it stays mapped where it is, and the VM runs on."""
+OP_SWITCH = 10
+"""Map gPA frame a to frame slot b, which has a copy of it (OP_COPY). If the log of dirty pages names it since the host
+last read the log, it is copied once more, and the pause is ``busy_ps`` longer."""
+OP_WALK_GPT = 11
+"""The host walks the guest's page table and clears its A bits: see `VmMemory.walk`. One flush request if it cleared any
+and no flush is due anyhow. With NARROW in ``flags`` it looks only at tables whose page the log of dirty pages named."""
+NARROW = 1
 
 OPERATION = np.dtype([
     ("time_ps", "<i8"), ("kind", "<i4"), ("flags", "<i4"), ("a", "<i8"), ("b", "<i8"), ("hold_ps", "<i8"),
     ("busy_ps", "<i8"),
 ])  # fmt: skip
 """A host operation on a VM at a virtual time. ``flags``: PROTNONE for OP_ZAP (set on slow entries) and OP_MOVE; HUGE
-for OP_MOVE and OP_SWAP: of the 512 pages from each of a and b on, which are one huge page afterwards.
+for OP_MOVE, OP_SWAP and OP_TRADE: of the 512 pages from each of a and b on, which are one huge page afterwards.
 ``hold_ps``: how long its flush request holds mmu_lock; ``busy_ps``: how long EPT violations of its frames have to wait.
 """
 
@@ -70,14 +85,31 @@ class VmMemory(NamedTuple):
     believed: npt.NDArray[np.int64]
     """int64[1 + words]: 1 if a host-side policy has a notion of hot pages, then a bit for each gPA page that it takes
     for hot. It is for the emulator, which holds it against the truth."""
+    walk: npt.NDArray[np.int64]
+    """int64[4, words]: what a walk of the guest's page table (OP_WALK_GPT) hands over, rows W_*; a bit a gPA page but
+    for the last."""
     pebs: npt.NDArray[np.int64]
     """int64[words]: with ``host.pebs=shared`` the host's PEBS buffer, one memory for all VMs, an area a vCPU of the
     fleet; otherwise empty."""
 
 
+W_YOUNG = 0
+"""Pages that were accessed since the host last read this row."""
+W_LEFT = 1
+"""Leaf tables in which the last walk left an A bit as it was, for the next narrow walk."""
+W_LEAVE = 2
+"""Pages whose A bit a walk leaves as it is; the host's to set."""
+W_VISITED = 3
+"""In its first word: entries that walks looked at since the host last read it."""
+
+
 def gpa_pages(total_pages: int) -> int:
     """Size of the gPA space in pages: two guest nodes, each as large as the VM."""
     return 2 * total_pages
+
+
+_BITMAPS = 7
+"""Two of dirty pages, the rows of a walk, and the last, of which a word more, of pages that a policy takes for hot."""
 
 
 def _sizes(total_pages: int) -> tuple[int, int, int, int]:
@@ -89,13 +121,14 @@ def _sizes(total_pages: int) -> tuple[int, int, int, int]:
 def segment_bytes(total_pages: int) -> int:
     """Bytes of a VM's segment: EPT and stamps over two nodes/tiers of the VM's whole size, and the bitmaps."""
     leaves, bitmap, pdes, pdptes = _sizes(total_pages)
-    return 8 * (2 * leaves + 3 * bitmap + 1) + pdes + pdptes
+    return 8 * (2 * leaves + _BITMAPS * bitmap + 1) + pdes + pdptes
 
 
 def view_segment(buffer: memoryview | bytearray, total_pages: int) -> VmMemory:
     """The arrays of a segment laid over ``buffer`` (no copy)."""
     leaves, bitmap, pdes, pdptes = _sizes(total_pages)
-    words = np.frombuffer(buffer, np.int64, 2 * leaves + 3 * bitmap + 1)
+    words = np.frombuffer(buffer, np.int64, 2 * leaves + _BITMAPS * bitmap + 1)
+    bitmaps = words[2 * leaves : -(bitmap + 1)].reshape(-1, bitmap)
     upper = np.frombuffer(buffer, np.uint8, pdes + pdptes, words.nbytes)
     return VmMemory(
         ept=words[:leaves],
@@ -103,7 +136,8 @@ def view_segment(buffer: memoryview | bytearray, total_pages: int) -> VmMemory:
         ept_upper=upper,
         ept_pde=upper[:pdes],
         ept_pdpte=upper[pdes:],
-        dirty=words[2 * leaves : 2 * (leaves + bitmap)].reshape(2, bitmap),
-        believed=words[2 * (leaves + bitmap) :],
+        dirty=bitmaps[:2],
+        walk=bitmaps[2:],
+        believed=words[-(bitmap + 1) :],
         pebs=np.zeros(0, np.int64),
     )

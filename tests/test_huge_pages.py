@@ -413,6 +413,8 @@ def test_whatever_is_done_with_huge_pages_content_survives(
 
 # -- under the policies -----------------------------------------------------------------------------------------------
 
+BY_ACCESSED_BITS = {"heterovisor"}
+"""Of so few huge pages each is accessed between any two scans, so that none is colder than another."""
 COMBINATIONS = [(guest, host) for guest in ("never", "always") for host in ("never", "always")]
 
 
@@ -437,8 +439,9 @@ def test_the_laws_hold_under_every_policy(policy: str, guest: str, host: str, co
     assert report["integrity"]["mismatches"] == 0
     before, after = report["populate"]["vmstat"], report["vmstat"]
     assert (before["thp_fault_alloc"] + after["thp_fault_alloc"] > 0) == (guest == "always")
-    assert report["host_thp"]["fault_alloc"] > 0 if host == "always" else "host_thp" not in report
-    if policies()[policy].view != "-":
+    huge_host = host == "always" and not policies()[policy].logs_dirty
+    assert report["host_thp"]["fault_alloc"] > 0 if huge_host else "host_thp" not in report
+    if policies()[policy].view != "-" and not (policy in BY_ACCESSED_BITS and "always" in (guest, host)):
         assert report["migration"]["promoted_pages"] > 0
 
 

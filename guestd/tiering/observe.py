@@ -117,17 +117,17 @@ class Observations(ABC):
             self._flush_scanned()
         return out[:found]
 
-    def scan_dirty(self, first: int, count: int) -> Words:
+    def scan_dirty(self, first: int, count: int, *, flush: bool = True) -> Words:
         """Dirty pages of [first, first + count), in order of address (int64[n]); their bits are cleared.
 
         Passes over what is absent; costs a PTE for each entry that is looked at, and one flush if any was dirty, as
-        `test_and_clear_dirty`.
+        `test_and_clear_dirty`. Without ``flush`` a page that is dirty in a TLB looks clean the next time.
         """
         count = self._clip(first, count)
         out = np.empty(count, np.int64)
         found, visited = radix.scan_dirty(self.meter.book, self._table, self._pde, first, count, out)
         self.meter.charge(self.costs.scan_pte_ps * visited)
-        if found:
+        if flush and found:
             self._flush_dirty(out[:found])
         return out[:found]
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 
 from guestd.params import Param
 from guestd.tiering.view import PageView
 from proto.arrays import Words
-from proto.config import Scalar
+from proto.config import GuestConfig, Scalar
 
 MIB = 1 << 20
 Params = dict[str, Scalar]
@@ -61,6 +62,13 @@ class AgentThread(NamedTuple):
     """It runs beside the vCPUs and takes no time of theirs."""
     user: bool = False
     """It is one of the workload's process, whose page tables are loaded while it runs."""
+
+
+def with_needs(config: GuestConfig, policy: "Policy") -> GuestConfig:
+    """``config`` with what ``policy`` needs of the host for this VM: a log of dirty pages that nobody else harvests."""
+    if not policy.logs_dirty:
+        return config
+    return msgspec.structs.replace(config, host=msgspec.structs.replace(config.host, pml=True, pml_harvest_ps=0))
 
 
 class PluginError(Exception):
@@ -137,6 +145,8 @@ class Policy:
     """What of the published design is not here, in words."""
     no_gain: str = ""
     """Why it need not beat random placement on a static hot set; empty = it must (tests/guestd/tiering)."""
+    logs_dirty: bool = False
+    """It needs the log of dirty pages (PML), and harvests it itself: it is on for its VMs, whatever the host says."""
     places_by_heat: bool = False
     """First touch puts the workload's truly hot pages on the fast node (the oracle)."""
     defaults: Params = field(default_factory=dict)

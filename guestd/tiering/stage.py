@@ -52,6 +52,8 @@ class Stage:
     gives: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
     sampling: Callable[[Params], Sampling | None] = field(default=lambda params: None)
+    logs_dirty: bool = False
+    """See `Policy.logs_dirty`."""
     warm_up: Params = field(default_factory=dict)
     min_run_ps: Callable[[Params], int] = field(default=lambda params: 0)
 
@@ -301,6 +303,7 @@ def composed(policy: Policy, tracker: Stage, classifier: Stage, migrator: Stage)
         create=lambda view, given: Staged(view, given, stages),
         params=params,
         sampling=tracker.sampling,
+        logs_dirty=any(stage.logs_dirty for stage in stages.values()),
         warm_up={name: value for stage in stages.values() for name, value in stage.warm_up.items()} | policy.warm_up,
         min_run_ps=lambda given: max(stage.min_run_ps(given) for stage in stages.values()),
         parts=stages,

@@ -163,6 +163,14 @@ class PageView(Observations):
         ``batched``: one flush for the batch instead of one per page. A pair of two sizes, or one that names another
         page of a unit than its head, is not swapped (`pgmigrate_fail`): `match` makes pairs.
         """
+        pairs = self._pairs(slow_pages, fast_pages)
+        count = int(pairs[-1].sum())
+        if count:
+            self._swap(*pairs, batched)
+        return count
+
+    def _pairs(self, slow_pages: Words, fast_pages: Words) -> tuple[Words, Ints, Words, Ints, Words]:
+        """Pairs that may be swapped, which the nodes know as swapped from now on: pages and frames of both, sizes."""
         count = min(slow_pages.size, fast_pages.size)
         slow_pages, fast_pages = slow_pages[:count], fast_pages[:count]
         slow_frames, fast_frames = self.frames(slow_pages), self.frames(fast_pages)
@@ -177,10 +185,9 @@ class PageView(Observations):
         count = int(sizes.sum())
         if count:
             units.relink_pairs(self.meter.book, self.nodes, slow_frames, fast_frames)
-            self._swap(slow_pages, slow_frames, fast_pages, fast_frames, sizes, batched)
             self.counters[C.vmstat__pgexchange_success] += count
             self.counters[C.bytes__migrated] += 2 * count << PAGE_SHIFT
-        return count
+        return slow_pages, slow_frames, fast_pages, fast_frames, sizes
 
     def match(self, slow_pages: Words, fast_pages: Words) -> tuple[Words, Words]:
         """Pairs for `exchange` from units that are to be promoted and demoted: of one size each, huge pages first.

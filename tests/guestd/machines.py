@@ -89,6 +89,7 @@ def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | N
         table_gva=space.table_gva,
         ds=ds,
         pml=new_pml(vcpus, np.zeros((2, ept.size // 64), np.int64), pml, costs),
+        walk=np.zeros((4, ept.size // 64), np.int64),
         mmu_lock=new_mmu_lock(),
         state=state,
         latency_ps=np.array([[69, 60], [300, 177]], np.int64) * PS_PER_NS,

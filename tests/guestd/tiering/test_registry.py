@@ -8,7 +8,10 @@ import pytest
 from guestd.tiering import registry
 from guestd.tiering.policy import PluginError, Policy
 
-BUILT_IN = {"none", "all-fast", "all-slow", "oracle", "g-tpp", "h-tpp", "memtis", "hemem", "hyperplace"}
+BUILT_IN = {
+    "none", "all-fast", "all-slow", "oracle", "g-tpp", "h-tpp", "memtis", "hemem", "hyperplace", "heterovisor",
+    "raminate",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

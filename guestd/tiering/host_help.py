@@ -1,0 +1,73 @@
+"""What only a hypervisor can do for a tiering design, beside `PageView`: stop a VM, read its log of dirty pages, walk
+its page table, copy ahead. Stages that use it have ``views=("host",)``.
+"""
+
+from abc import abstractmethod
+from typing import cast
+
+from guestd.tiering.view import PageView
+from proto.arrays import Ints, Words
+
+
+class HostHelp(PageView):
+    """See the module. What is requested happens in the quantum to come; its result is there from ``barrier_ps`` on."""
+
+    barrier_ps: int
+    """End of the quantum to come."""
+
+    @abstractmethod
+    def exchange_stopped(self, slow_pages: Words, fast_pages: Words) -> int:
+        """`exchange` with the whole VM paused for the batch, entries rewritten in place, and one flush at its end.
+
+        RAMinate (SoCC'16): the pause (`vm_pause`), and three copies a pair through a buffer in fast memory. Nothing
+        is zapped, so that no page faults in again.
+        """
+
+    @abstractmethod
+    def request_harvest(self) -> None:
+        """Harvest the log of dirty pages now: one flush request if any page is dirty."""
+
+    @abstractmethod
+    def harvest_dirty(self) -> Words:
+        """gPA pages (int64[n], rising) that harvests before this barrier took, page tables too; costs a PTE each."""
+
+    @abstractmethod
+    def request_guest_walk(self, *, narrow: bool = False, leave: Words | None = None) -> None:
+        """Walk the guest's page table now and clear its A bits, all but those of ``leave`` (gPA pages, int64[n]).
+
+        One flush request if any was set: the host has no gVA to flush by. ``narrow``: only the tables whose page the
+        harvest before it took (request one at the same time), and those in which the last walk left an A bit. What
+        entries of 2 MiB map is looked at always.
+        """
+
+    @abstractmethod
+    def accessed_in_guest(self) -> Words:
+        """gPA pages (int64[n], rising) that walks before this barrier found accessed; costs a PTE an entry walked."""
+
+    @abstractmethod
+    def copy_ahead(self, pages: Words, node: int, keep: int) -> tuple[Words, Ints]:
+        """Copy pages to free frames of ``node``, of which ``keep`` are left; they stay mapped where they are.
+
+        Returns the pages and the frames that have their copies, which nobody else takes: to be given to `copy_again`,
+        `switch` or `abandon`. Only 4 KiB pages are copied.
+        """
+
+    @abstractmethod
+    def copy_again(self, pages: Words, targets: Ints) -> None:
+        """Make the copies anew, of pages that were written since."""
+
+    @abstractmethod
+    def switch(self, pages: Words, targets: Ints) -> None:
+        """Map pages to their copies, in a pause for all of them with one flush.
+
+        What the log of dirty pages names since it was read last is copied once more in the pause.
+        """
+
+    @abstractmethod
+    def abandon(self, pages: Words, targets: Ints) -> None:
+        """Give up copies that were never switched to."""
+
+
+def host_help(view: PageView) -> HostHelp:
+    """The same view with what a hypervisor can do."""
+    return cast(HostHelp, view)
