@@ -261,8 +261,8 @@ def _harvest(m: Machine, now: int, clear_ps: int) -> None:
 def operation_due(m: Machine, operation: Any) -> int:
     """When ``operation`` is executed, ps: what changes the EPT first waits for mmu_lock, to the quantum's end at most.
 
-    The host's thread does not lose that time: what it does next, it had planned for then. What it does in a pause, which
-    has waited, or with the guest's own tables waits for nobody.
+    The host's thread does not lose that time: what it does next, it had planned for then. What it does in a pause,
+    which has waited, or with the guest's own tables waits for nobody.
     """
     due = operation.time_ps
     if operation.kind != OP_STALL and operation.kind <= OP_PAUSE:
