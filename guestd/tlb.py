@@ -152,49 +152,40 @@ def enter(tags: Ints, data: Ints, recent: Words, index: int, stride: int, ways: 
 
 
 @inline
-def look_up_4k(tlb: Tlb, geometry: TlbGeometry, page: int, context: int) -> int:
-    """Look a 4 KiB page up: MISS, or ``data << 1 | 1 if the STLB had to serve it`` (the entry moves to the L1)."""
-    key = int32(tag_4k(page, context))
-    index = page & geometry.l1_mask
-    base = index * geometry.l1_stride
-    slot = find_in_l1(tlb.l1_tag, base, geometry.l1_stride, key)
+def _look_up(tlb: Tlb, geometry: TlbGeometry, tags: Ints, data: Ints, recent: Words, mask: int, stride: int, ways: int,
+             number: int, tag: int) -> int:  # fmt: skip
+    """Look page ``number`` up in the L1 of its size (``tags`` to ``ways``), then in the STLB: as `look_up_4k`."""
+    key = int32(tag)
+    index = number & mask
+    base = index * stride
+    slot = find_in_l1(tags, base, stride, key)
     found = MISS
     if slot != MISS:
-        touch(tlb.l1_recent, index, slot - base, geometry.l1_ways)
-        found = (int64(tlb.l1_data[slot]) & ENTRY_MASK) << 1
+        touch(recent, index, slot - base, ways)
+        found = (int64(data[slot]) & ENTRY_MASK) << 1
     else:
-        index2 = page & geometry.stlb_mask
+        index2 = number & geometry.stlb_mask
         base2 = index2 * geometry.stlb_stride
         slot2 = find(tlb.stlb_tag, base2, geometry.stlb_stride, key)
         if slot2 != MISS:
             touch(tlb.stlb_recent, index2, slot2 - base2, geometry.stlb_ways)
-            enter(tlb.l1_tag, tlb.l1_data, tlb.l1_recent, index, geometry.l1_stride, geometry.l1_ways,
-                  geometry.l1_ways, key, tlb.stlb_data[slot2])  # fmt: skip
+            enter(tags, data, recent, index, stride, ways, ways, key, tlb.stlb_data[slot2])
             found = ((int64(tlb.stlb_data[slot2]) & ENTRY_MASK) << 1) | 1
     return found
+
+
+@inline
+def look_up_4k(tlb: Tlb, geometry: TlbGeometry, page: int, context: int) -> int:
+    """Look a 4 KiB page up: MISS, or ``data << 1 | 1 if the STLB had to serve it`` (the entry moves to the L1)."""
+    return _look_up(tlb, geometry, tlb.l1_tag, tlb.l1_data, tlb.l1_recent, geometry.l1_mask, geometry.l1_stride,
+                    geometry.l1_ways, page, tag_4k(page, context))  # fmt: skip
 
 
 @kernel
 def look_up_2m(tlb: Tlb, geometry: TlbGeometry, table: int, context: int) -> int:
     """Look the 2 MiB page of leaf table ``table`` up; as `look_up_4k`, the frame being its first."""
-    key = int32(tag_2m(table, context))
-    index = table & geometry.l1_2m_mask
-    base = index * geometry.l1_2m_stride
-    slot = find_in_l1(tlb.l1_2m_tag, base, geometry.l1_2m_stride, key)
-    found = MISS
-    if slot != MISS:
-        touch(tlb.l1_2m_recent, index, slot - base, geometry.l1_2m_ways)
-        found = (int64(tlb.l1_2m_data[slot]) & ENTRY_MASK) << 1
-    else:
-        index2 = table & geometry.stlb_mask
-        base2 = index2 * geometry.stlb_stride
-        slot2 = find(tlb.stlb_tag, base2, geometry.stlb_stride, key)
-        if slot2 != MISS:
-            touch(tlb.stlb_recent, index2, slot2 - base2, geometry.stlb_ways)
-            enter(tlb.l1_2m_tag, tlb.l1_2m_data, tlb.l1_2m_recent, index, geometry.l1_2m_stride, geometry.l1_2m_ways,
-                geometry.l1_2m_ways, key, tlb.stlb_data[slot2])  # fmt: skip
-            found = ((int64(tlb.stlb_data[slot2]) & ENTRY_MASK) << 1) | 1
-    return found
+    return _look_up(tlb, geometry, tlb.l1_2m_tag, tlb.l1_2m_data, tlb.l1_2m_recent, geometry.l1_2m_mask,
+                    geometry.l1_2m_stride, geometry.l1_2m_ways, table, tag_2m(table, context))  # fmt: skip
 
 
 @inline
