@@ -16,7 +16,7 @@ from fleet import hosts
 from fleet.errors import OutputError, ProfileError, SpecError
 from fleet.report.table import Column, Table
 from fleet.spec import DEFAULTS, Kind, Registries, installed
-from fleet.spec_layers import GROUP_KEYS, RUN_KEYS
+from fleet.spec_layers import GROUP_KEYS, RUN_KEYS, STAGE_KEYS
 from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS
 from fleet.spec_values import Given, exact_size, exact_time, parameter
 from fleet.sweep.store import Cell
@@ -37,6 +37,9 @@ _MEANINGS = {
     "hang_timeout": "wall time without progress after which a VM is lost",
     "vms": "number of VMs",
     "policy": "tiering policy",
+    "tracker": "how the policy learns of accesses, instead of its own way",
+    "classifier": "how it tells hot from cold, instead of its own way",
+    "migrator": "how it moves pages, instead of its own way",
     "workload": "what runs in the VM",
     "vcpus": "vCPUs of each VM",
     "memory": "memory of each VM before scale",
@@ -114,7 +117,7 @@ def _rows(
         own = group.get("set", {})
         policy, workload = str(group.get("policy")), str(group.get("workload"))
         suffix = "" if len(groups) == 1 else f" (group {number})"
-        yield from _declared(own, "policy", f"policy {policy}{suffix}", _params(registries.policies, policy))
+        yield from _declared(own, "policy", f"policy {policy}{suffix}", _policy_params(registries, group))
         yield from _declared(own, "workload", f"workload {workload}{suffix}", _params(registries.workloads, workload))
         yield from _declared(own, "guest", f"guest kernel{suffix}", GUEST_PARAMS)
     # The space `host` holds costs too: they have rows of their own.
@@ -126,6 +129,20 @@ def _rows(
         if name not in profiles:
             profiles[name] = _profile(name)
         yield from _costs(spec["costs"], profiles[name], name)
+
+
+def _policy_params(registries: Registries, group: Mapping[str, Any]) -> tuple[Param, ...]:
+    """Those of the group's policy, with the stages that the group gives it."""
+    from guestd.tiering.stage import StageError
+
+    policy = str(group.get("policy"))
+    stages = {key: str(group[key]) for key in STAGE_KEYS if group.get(key)}
+    if not stages or policy not in registries.policies or registries.policy_of is None:
+        return _params(registries.policies, policy)
+    try:
+        return registries.policy_of(policy, stages).params
+    except StageError:
+        return ()  # a stage that is not here any more
 
 
 def _params(registry: Mapping[str, Kind], name: str) -> tuple[Param, ...]:

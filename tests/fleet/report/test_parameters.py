@@ -12,7 +12,7 @@ from fleet.report.parameters import Parameter, parameters_table
 from fleet.spec import load
 from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS
 from fleet.sweep.store import Cell
-from guestd.tiering.registry import policies
+from guestd.tiering.registry import policies, policy_of
 from guestd.workloads.registry import workloads
 
 
@@ -62,6 +62,14 @@ def test_what_was_set_is_seen(tmp_path: Path) -> None:
     assert (by_name["guest.hz"].value, by_name["guest.hz"].default) == ("1000", "250")
     assert (by_name["host.pml"].value, by_name["host.pml"].set) == ("true", True)
     assert by_name["fast_ratio"].set is False  # 1/5 is 0.2
+
+
+def test_stages_bring_their_parameters(tmp_path: Path) -> None:
+    found = parameters(cell(tmp_path, "a", load(None, {"policy": "hyperplace", "tracker": "pebs-ksampled"})))
+    declared = policy_of("hyperplace", {"tracker": "pebs-ksampled"}).params
+    sources = {row.parameter: row.source for row in found.values() if row.of == "policy hyperplace"}
+    assert sources == {f"policy.{param.name}": param.source for param in declared}
+    assert found["tracker", "VMs"].value == "pebs-ksampled"
 
 
 def test_cells_that_differ_share_a_row(tmp_path: Path) -> None:
