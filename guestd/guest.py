@@ -39,7 +39,7 @@ from guestd.mm.khugepaged import Khugepaged
 from guestd.mm.nodes import FAST, WMARK_LOW, new_nodes
 from guestd.params import resolve
 from guestd.perf_events import PerfEvents
-from guestd.report import Snapshot, build_report, progress
+from guestd.report import Snapshot, build_report, huge_pages, progress
 from guestd.threads import Threads
 from guestd.tiering.policy import Tiering, with_needs
 from guestd.tiering.registry import policy_of
@@ -68,7 +68,7 @@ from guestd.workloads.registry import workloads
 from proto.arrays import Bytes, Words
 from proto.config import GuestConfig, launch_ps
 from proto.counters import C
-from proto.entry import FRAME_MASK, FRAME_SHIFT, HUGE, PRESENT, PROTNONE, WRITABLE
+from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.layout import OPERATION, VmMemory
 from proto.messages import Advance, Tick
 from proto.units import PAGE_SHIFT, PS_PER_S, TABLE_PAGES
@@ -220,7 +220,7 @@ class Guest:
         used = int((self.nodes.managed - self.nodes.free_count).sum())
         self.workload.set_llc(
             price_walks(machine.price, self.config.costs, used, message.llc_bytes, machine.latency_ps,
-                        self._huge_pages())
+                        huge_pages(self))
         )  # fmt: skip
         if self._host_scans:
             ept_changed(machine)
@@ -252,13 +252,6 @@ class Guest:
             agent_cpu_s=self._threads.agent_cpu_ns() / 1e9,
             bandwidth_demand=(before - machine.budget).tobytes(),
         )
-
-    def _huge_pages(self) -> int:
-        """4 KiB pages of either page table that 2 MiB entries map."""
-        guest, host = self.config.kernel.thp == "always", self.config.host.backs_huge
-        tables = self.machine.tables
-        mapped = np.count_nonzero(tables.upper & HUGE) if guest else 0
-        return TABLE_PAGES * int(mapped + (np.count_nonzero(tables.ept_pde & HUGE) if host else 0))
 
     # -- vCPU thread --------------------------------------------------------------------------------------------
 
