@@ -40,7 +40,7 @@ from guestd.mm.nodes import FAST, WMARK_LOW, new_nodes
 from guestd.params import resolve
 from guestd.perf_events import PerfEvents
 from guestd.report import Snapshot, build_report, huge_pages, progress
-from guestd.threads import Threads
+from guestd.threads import Threads, null_activation_ns
 from guestd.tiering.policy import Tiering, with_needs
 from guestd.tiering.registry import policy_of
 from guestd.vcpu import (
@@ -74,12 +74,8 @@ from proto.messages import Advance, Tick
 from proto.units import PAGE_SHIFT, PS_PER_S, TABLE_PAGES
 
 FOREVER = 1 << 62
-NULL_ACTIVATIONS = 200
 FAULTS_A_MESSAGE = 1 << 16
 T = TypeVar("T")
-
-
-def _nothing() -> None: ...
 
 
 class Guest:
@@ -191,15 +187,8 @@ class Guest:
             self._at(boot_ps + self._tick_ps, self._tick)
         if config.kernel.thp == "always" and config.kernel.khugepaged_pages_to_scan:
             self._at(boot_ps + config.kernel.khugepaged_scan_sleep_ps, self._run_khugepaged)
-        self.null_activation_ns = self._calibrate()
+        self.null_activation_ns = null_activation_ns(self._threads)
         self._threads.on_agent(self.tiering.start)
-
-    def _calibrate(self) -> float:
-        """CPU of an activation that does nothing, ns: the floor under every figure of the agent."""
-        before = self.agent_cpu_ns()
-        for _ in range(NULL_ACTIVATIONS):
-            self._threads.on_agent(_nothing)
-        return (self.agent_cpu_ns() - before) / NULL_ACTIVATIONS
 
     def agent_cpu_ns(self) -> int:
         """CPU of the agent's thread so far, ns."""
