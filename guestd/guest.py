@@ -141,8 +141,7 @@ class Guest:
         self.ended_ps = 0
         self.started_ps = self.booted_ps = config.start_ps
         self.populated: Snapshot | None = None
-        self.pages_checked = 0
-        self.pages_brought_back = 0
+        self.pages_checked = self.pages_brought_back = 0
         self.null_activation_ns = 0.0
 
     # -- time ---------------------------------------------------------------------------------------------------
