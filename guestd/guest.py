@@ -39,8 +39,8 @@ from guestd.mm.khugepaged import Khugepaged
 from guestd.mm.nodes import FAST, WMARK_LOW, new_nodes
 from guestd.params import resolve
 from guestd.perf_events import PerfEvents
-from guestd.report import Snapshot, build_report, progress
-from guestd.threads import Threads
+from guestd.report import Snapshot, build_report, huge_pages, progress
+from guestd.threads import Threads, null_activation_ns
 from guestd.tiering.policy import Tiering, with_needs
 from guestd.tiering.registry import policy_of
 from guestd.vcpu import (
@@ -68,18 +68,14 @@ from guestd.workloads.registry import workloads
 from proto.arrays import Bytes, Words
 from proto.config import GuestConfig, launch_ps
 from proto.counters import C
-from proto.entry import FRAME_MASK, FRAME_SHIFT, HUGE, PRESENT, PROTNONE, WRITABLE
+from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.layout import OPERATION, VmMemory
 from proto.messages import Advance, Tick
 from proto.units import PAGE_SHIFT, PS_PER_S, TABLE_PAGES
 
 FOREVER = 1 << 62
-NULL_ACTIVATIONS = 200
 FAULTS_A_MESSAGE = 1 << 16
 T = TypeVar("T")
-
-
-def _nothing() -> None: ...
 
 
 class Guest:
@@ -145,8 +141,7 @@ class Guest:
         self.ended_ps = 0
         self.started_ps = self.booted_ps = config.start_ps
         self.populated: Snapshot | None = None
-        self.pages_checked = 0
-        self.pages_brought_back = 0
+        self.pages_checked = self.pages_brought_back = 0
         self.null_activation_ns = 0.0
 
     # -- time ---------------------------------------------------------------------------------------------------
@@ -191,15 +186,8 @@ class Guest:
             self._at(boot_ps + self._tick_ps, self._tick)
         if config.kernel.thp == "always" and config.kernel.khugepaged_pages_to_scan:
             self._at(boot_ps + config.kernel.khugepaged_scan_sleep_ps, self._run_khugepaged)
-        self.null_activation_ns = self._calibrate()
+        self.null_activation_ns = null_activation_ns(self._threads)
         self._threads.on_agent(self.tiering.start)
-
-    def _calibrate(self) -> float:
-        """CPU of an activation that does nothing, ns: the floor under every figure of the agent."""
-        before = self.agent_cpu_ns()
-        for _ in range(NULL_ACTIVATIONS):
-            self._threads.on_agent(_nothing)
-        return (self.agent_cpu_ns() - before) / NULL_ACTIVATIONS
 
     def agent_cpu_ns(self) -> int:
         """CPU of the agent's thread so far, ns."""
@@ -220,7 +208,7 @@ class Guest:
         used = int((self.nodes.managed - self.nodes.free_count).sum())
         self.workload.set_llc(
             price_walks(machine.price, self.config.costs, used, message.llc_bytes, machine.latency_ps,
-                        self._huge_pages())
+                        huge_pages(self))
         )  # fmt: skip
         if self._host_scans:
             ept_changed(machine)
@@ -252,13 +240,6 @@ class Guest:
             agent_cpu_s=self._threads.agent_cpu_ns() / 1e9,
             bandwidth_demand=(before - machine.budget).tobytes(),
         )
-
-    def _huge_pages(self) -> int:
-        """4 KiB pages of either page table that 2 MiB entries map."""
-        guest, host = self.config.kernel.thp == "always", self.config.host.backs_huge
-        tables = self.machine.tables
-        mapped = np.count_nonzero(tables.upper & HUGE) if guest else 0
-        return TABLE_PAGES * int(mapped + (np.count_nonzero(tables.ept_pde & HUGE) if host else 0))
 
     # -- vCPU thread --------------------------------------------------------------------------------------------
 

@@ -156,3 +156,11 @@ def progress(guest: Guest) -> float:
     if guest.config.run_ps:
         return min(1.0, (guest.now - guest.run_started_ps) / guest.config.run_ps)
     return 1.0 - int(guest.machine.state[S.LEFT]) / guest.config.transactions
+
+
+def huge_pages(guest: Guest) -> int:
+    """4 KiB pages of either page table that 2 MiB entries map."""
+    of_guest, of_host = guest.config.kernel.thp == "always", guest.config.host.backs_huge
+    tables = guest.machine.tables
+    mapped = np.count_nonzero(tables.upper & HUGE) if of_guest else 0
+    return TABLE_PAGES * int(mapped + (np.count_nonzero(tables.ept_pde & HUGE) if of_host else 0))

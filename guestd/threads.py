@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar, cast
 import setproctitle
 
 T = TypeVar("T")
+_NULL_ACTIVATIONS = 200
 
 
 class Threads(Protocol):
@@ -159,3 +160,11 @@ class OsThreads:
         """End both threads and wait for them."""
         self._vcpu.join()
         self._agent.join()
+
+
+def null_activation_ns(threads: Threads) -> float:
+    """CPU of an activation of the agent that does nothing, ns: the floor under every figure of the agent."""
+    before = threads.agent_cpu_ns()
+    for _ in range(_NULL_ACTIVATIONS):
+        threads.on_agent(_nothing)
+    return (threads.agent_cpu_ns() - before) / _NULL_ACTIVATIONS
