@@ -33,7 +33,7 @@ def test_a_dry_run_lists_the_cells_and_says_what_its_estimate_rests_on(
     assert (plan["rate_source"], {cell["status"] for cell in plan["cells"]}) == ("assumed", {"missing"})
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_dry_run_knows_what_is_done_and_how_fast_it_was(
     tiny: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from fleet.sweep.store import load
 from tests.fleet.sweep.conftest import CELLS, ROOT, deterministic, family, fleet, has_guest, start, until
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)  # the first run of a machine compiles
 
 
 def dask(*arguments: str | Path) -> subprocess.Popen[bytes]:

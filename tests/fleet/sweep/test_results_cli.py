@@ -20,7 +20,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_results_are_listed_shown_and_asked(undisturbed: Path, say: Any) -> None:
     code, out, _ = say("results", "ls", undisturbed.parent)
     assert code == 0
@@ -48,7 +48,7 @@ def test_results_are_listed_shown_and_asked(undisturbed: Path, say: Any) -> None
     ]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_policies_of_a_sweep_are_compared(undisturbed: Path, say: Any) -> None:
     sides = [f"{undisturbed}:policy={policy}" for policy in ("none", "g-tpp")]
     code, out, _ = say("compare", *sides, "--json")
@@ -61,7 +61,7 @@ def test_policies_of_a_sweep_are_compared(undisturbed: Path, say: Any) -> None:
     assert (code, out.count("no difference"), "3 points compared" in out) == (0, 9, True)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

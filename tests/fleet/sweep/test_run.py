@@ -16,7 +16,7 @@ from fleet.sweep.spec import load_sweep
 from fleet.sweep.store import Store, load
 from tests.fleet.sweep.conftest import CELLS, deterministic, family, fleet, has_guest, start, until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)  # the first run of a machine compiles
 
 
 def results(directory: Path) -> Any:

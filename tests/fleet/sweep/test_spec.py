@@ -23,7 +23,7 @@ set.guest.hz = 200
 [axes]
 vms = "1..2"
 memory = ["32MiB", "16MiB"]
-policy = "host,g-tpp"
+policy = "h-tpp,g-tpp"
 set.host.invept = ["200ns", "400ns"]
 """
 
