@@ -40,6 +40,8 @@ PERIOD_SLOTS, PERIOD_THRESHOLD = 10, 7
 """NUMA_PERIOD_SLOTS and NUMA_PERIOD_THRESHOLD: slow down from 7 tenths of private or local faults on."""
 THROTTLE = 32
 """A pass is followed by at least 32 times its own run time (task_tick_numa: node_stamp += 32 * diff)."""
+_UNSORTED = 65536
+"""Entries that may wait before equal ones are dropped."""
 SKIP = 8
 """Virtual space passed over in one pass, in scan sizes, where nothing was to be changed."""
 
@@ -131,8 +133,12 @@ class ActiveLru(Classifier):
 
     def __init__(self, view: PageView, params: Params) -> None:
         super().__init__(view, params)
-        self._hot = np.zeros(0, np.int64)
+        self._hot: list[Words] = []
         """Pages that were found active since they were last asked for, in order of time."""
+        self.kept = 0
+        """How many entries that is."""
+        self._distinct = 0
+        """How many were left when equal ones were last dropped."""
 
     def _observe(self, evidence: Evidence) -> None:
         pages = np.unique(evidence.pages)
@@ -145,15 +151,24 @@ class ActiveLru(Classifier):
         frames = self.view.frames(pages)
         wanted = self.view.mark_inactive_accessed(frames) if self.params["active_filter"] else frames != NO_PAGE
         wanted &= frames != NO_PAGE
-        self._hot = np.concatenate([self._hot, pages[wanted]])
+        self._hot.append(pages[wanted])
+        self.kept += self._hot[-1].size
+        # A migrator that promotes in the fault never asks.
+        if self.kept > 2 * self._distinct + _UNSORTED:
+            self._hot = [self._distinct_hot()]
+            self.kept = self._distinct = self._hot[0].size
         return wanted
+
+    def _distinct_hot(self) -> Words:
+        hot = np.concatenate([*self._hot, np.zeros(0, np.int64)])
+        return hot[np.sort(np.unique(hot, return_index=True)[1])]
 
     def _end_of_round(self) -> None:
         self.migrator.on_ranking()
 
     def _promotions(self, limit: int) -> Words:
-        hot = self._hot[np.sort(np.unique(self._hot, return_index=True)[1])]
-        self._hot = self._hot[:0]
+        hot = self._distinct_hot()
+        self._hot, self.kept, self._distinct = [], 0, 0
         slow = hot[self.view.nodes_of(hot) == SLOW]
         return slow[np.cumsum(self.view.sizes(slow)) <= limit]
 

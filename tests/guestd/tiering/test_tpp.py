@@ -9,8 +9,8 @@ from fleet.in_process import InProcessFleet, private_memory
 from guestd.mm.nodes import FAST, SLOW, WMARK_DEMOTE, WMARK_HIGH
 from guestd.params import resolve
 from guestd.tiering.registry import policies
-from guestd.tiering.stage import Staged
-from guestd.tiering.tpp import G_TPP, THROTTLE
+from guestd.tiering.stage import Evidence, Staged
+from guestd.tiering.tpp import G_TPP, THROTTLE, ActiveLru
 from guestd.tiering.view import PageView
 from hostd.vm import Vm
 from proto.arrays import Words
@@ -112,6 +112,22 @@ def test_below_the_high_watermark_promotion_is_refused_and_counted(costs: Costs)
     assert delta[C.vmstat__pgmigrate_fail_dst_node_full] == 6
     assert delta[C.vmstat__pgpromote_candidate] == room + 6
     assert delta[C.vmstat__pgmigrate_fail] == 0, "migrate_pages was never reached"
+
+
+def test_pages_that_nobody_asks_for_are_kept_once_in_the_order_of_their_first_fault(costs: Costs) -> None:
+    populated = Populated(costs, active_filter=False)
+    classifier = populated.tpp.classifier
+    assert isinstance(classifier, ActiveLru)
+    pages = populated.slow_pages(400)
+    later, sooner = pages[:200], pages[200:]
+    classifier.promotions(PAGES)  # what populating left
+    for _ in range(400):
+        classifier.observe(Evidence(populated.view, pages=sooner))
+        classifier.observe(Evidence(populated.view, pages=later))
+    assert classifier.kept < 80_000 < 400 * pages.size
+    found = classifier.promotions(PAGES)
+    assert found.tolist() == [*sooner.tolist(), *later.tolist()]
+    assert classifier.promotions(PAGES).size == 0
 
 
 def test_a_page_that_comes_back_after_a_demotion_is_counted(costs: Costs) -> None:
