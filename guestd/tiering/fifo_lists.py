@@ -188,6 +188,8 @@ class FifoLists(Classifier):
         self.thresholds = Thresholds(*(mine or theirs for mine, theirs in zip(own, published, strict=True)))
         count = -(-view.pages // TABLE_PAGES)
         self.regions = new_regions(count)
+        # Compiled before the VM runs: whether a page moves behind the lists' back, no short run can tell.
+        relist(np.zeros_like(view.meter.book), new_regions(1), 0, 0)
         self._scratch, self._order = np.zeros(count, np.uint8), np.zeros(count, np.int64)
         self._resident = 0
         """Pages in use when new regions were last looked for."""

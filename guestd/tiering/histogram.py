@@ -65,6 +65,9 @@ class Histogram(Classifier):
     def __init__(self, view: PageView, params: Params) -> None:
         super().__init__(view, params)
         self.heat = new_heat(view.pages, int(params["least_hot"]), bool(params["skip_cooling"]))
+        # Compiled before the VM runs: whether there is a page to split, no short run can tell.
+        nothing = np.zeros(0, np.int64)
+        survey(np.zeros_like(view.meter.book), self.heat, nothing, nothing.astype(np.uint8), np.zeros(2, np.int64))
         self._samples = 0
         self._resident = 0
         """Pages in use at the last cooling."""

@@ -97,7 +97,7 @@ class RangeRanking(Classifier):
         self.schedule("epoch", self.view.now + int(self.params["epoch_ms"]) * PS_PER_MS)
 
     def _observe(self, evidence: Evidence) -> None:
-        self.tree.record(np.ascontiguousarray(evidence.addresses))
+        self.tree.record(evidence.addresses)
         self.view.meter.charge(self.view.costs.classify_record_ps * evidence.size)
 
     def on_timer(self, name: str) -> None:
@@ -201,7 +201,7 @@ class BalancedSwap(Migrator):
 
 def sampled(view: PageView, samples: Words) -> Evidence:
     """The evidence in drained records (int64[n, 5], `Tiering.on_samples`)."""
-    return Evidence(view, addresses=samples[:, 0], writes=samples[:, 3] == 1 << STORES)
+    return Evidence(view, addresses=np.ascontiguousarray(samples[:, 0]), writes=samples[:, 3] == 1 << STORES)
 
 
 def _sampling(params: Params) -> Sampling:
