@@ -6,12 +6,12 @@ works for as long as the pause lasts, but for `vm_pause`, in which it waits.
 
 import numpy as np
 
-from guestd.mm.nodes import F_BUSY, FAST, NO_PAGE, give_all_free
+from guestd.mm.nodes import F_BUSY, FAST
 from guestd.tiering import units
 from guestd.tiering.host_help import HostHelp
 from guestd.tiering.pages import expand
 from hostd.host_view import HostView, take_bitmap
-from proto.arrays import Ints, Words
+from proto.arrays import Ints, Mask, Words
 from proto.costs import copy_ps
 from proto.counters import C
 from proto.entry import HUGE
@@ -63,9 +63,12 @@ class HostTools(HostView, HostHelp):
         row[:] = 0
         if leave is not None and leave.size:
             np.bitwise_or.at(row, leave >> 6, np.left_shift(np.int64(1), leave & 63))
-        nothing = np.zeros(1, np.int64)
-        self._emit(OP_WALK_GPT, np.array([self.now], np.int64), nothing, nothing, NARROW if narrow else 0)
-        self.meter.charge(self._request_ps())
+        now, nothing = np.array([self.now], np.int64), np.zeros(1, np.int64)
+        if narrow:
+            self.request_harvest()
+        else:
+            self.meter.charge(self._request_ps())
+        self._emit(OP_WALK_GPT, now, nothing, nothing, NARROW if narrow else 0)
 
     def accessed_in_guest(self) -> Words:
         out = np.empty(self._table.size, np.int64)
@@ -98,15 +101,16 @@ class HostTools(HostView, HostHelp):
         costs, slow = self.costs, targets >= self._half
         return np.where(slow, copy_ps(costs, False, True), copy_ps(costs, True, False)).astype(np.int64)
 
-    def switch(self, pages: Words, targets: Ints) -> None:
+    def switch(self, pages: Words, targets: Ints, stale: Mask) -> None:
         if pages.size == 0:
             return
         frames = self.frames(pages)
         node = int(targets[0] >= self._half)
         again_ps = self._copy_ps(targets)
-        work_ps = self.costs.zap_pte_ps * pages.size + self._request_ps()
+        work_ps = self.costs.zap_pte_ps * pages.size + self._request_ps() + int(again_ps[stale].sum())
         self._pause(work_ps)
         times = np.full(pages.size, self.now, np.int64)
+        self._emit(OP_COPY, times[stale], pages[stale], targets[stale].astype(np.int64))
         self._emit(OP_SWITCH, times, pages, targets.astype(np.int64), 0, again_ps)
         # The lists know a page by the frame that it is in: not busy while it changes lists, and busy again at once.
         self.nodes.flags[frames] &= np.uint8(0xFF ^ F_BUSY)
@@ -116,8 +120,3 @@ class HostTools(HostView, HostHelp):
         self.counters[C.vmstat__pgmigrate_success] += pages.size
         self.counters[C.bytes__migrated] += pages.size << PAGE_SHIFT
         self._events.add(self.now, "promote" if node == FAST else "demote", pages << PAGE_SHIFT, 1 - node, node)
-
-    def abandon(self, pages: Words, targets: Ints) -> None:
-        frames = self.frames(pages)
-        self.nodes.flags[frames[frames != NO_PAGE]] &= np.uint8(0xFF ^ F_BUSY)
-        give_all_free(self.nodes, targets.astype(np.int64))

@@ -3,9 +3,7 @@
 Each period a thread of the host walks the guest's page table, reads and clears its A bits, and flushes the whole VM,
 as it knows no gVA to flush by. Pages are kept in order of their last use (LRU): the latest in slow memory are promoted,
 and the ones not used for longest in fast memory make room, each moved by a remap with a flush of its own. Period and
-batch are unpublished. Left out: elasticity states, in which a VM asks for another mix of memory and speed (shares are
-static here), and what it costs to intercept a guest's page-table updates, by which Xen knows where the table is: an
-exit each time the guest maps a page.
+batch are unpublished.
 """
 
 from typing import NamedTuple
@@ -200,6 +198,7 @@ LAST_USE = Stage(
     summary="pages in order of their last use; hot is what the last round found",
     source=_PAPER,
     create=LastUse,
+    needs=frozenset({ACCESSED}),
 )
 REMAP = Stage(
     name="remap",
@@ -216,6 +215,8 @@ POLICY = composed(
         summary="A bits of the guest's page table scanned by the host, LRU order, remaps",
         view="host",
         source="HeteroVisor, VEE'15",
+        left_out="elasticity states, in which a VM asks for another mix of memory and speed (shares are static); what "
+        "it costs to intercept a guest's page-table updates, an exit each time it maps a page",
     ),
     GPT_ACCESS_SCAN,
     LAST_USE,

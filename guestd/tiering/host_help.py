@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import cast
 
 from guestd.tiering.view import PageView
-from proto.arrays import Ints, Words
+from proto.arrays import Ints, Mask, Words
 
 
 class HostHelp(PageView):
@@ -24,10 +24,6 @@ class HostHelp(PageView):
         """
 
     @abstractmethod
-    def request_harvest(self) -> None:
-        """Harvest the log of dirty pages now: one flush request if any page is dirty."""
-
-    @abstractmethod
     def harvest_dirty(self) -> Words:
         """gPA pages (int64[n], rising) that harvests before this barrier took, page tables too; costs a PTE each."""
 
@@ -35,9 +31,9 @@ class HostHelp(PageView):
     def request_guest_walk(self, *, narrow: bool = False, leave: Words | None = None) -> None:
         """Walk the guest's page table now and clear its A bits, all but those of ``leave`` (gPA pages, int64[n]).
 
-        One flush request if any was set: the host has no gVA to flush by. ``narrow``: only the tables whose page the
-        harvest before it took (request one at the same time), and those in which the last walk left an A bit. What
-        entries of 2 MiB map is looked at always.
+        One flush request if any was set: the host has no gVA to flush by. ``narrow``: harvest the log of dirty pages
+        first, and look only at the tables that it names, and at those in which the last walk left an A bit, with one
+        flush for both. What entries of 2 MiB map is looked at always.
         """
 
     @abstractmethod
@@ -49,7 +45,7 @@ class HostHelp(PageView):
         """Copy pages to free frames of ``node``, of which ``keep`` are left; they stay mapped where they are.
 
         Returns the pages and the frames that have their copies, which nobody else takes: to be given to `copy_again`,
-        `switch` or `abandon`. Only 4 KiB pages are copied.
+        and in the end to `switch`. Only 4 KiB pages are copied.
         """
 
     @abstractmethod
@@ -57,15 +53,12 @@ class HostHelp(PageView):
         """Make the copies anew, of pages that were written since."""
 
     @abstractmethod
-    def switch(self, pages: Words, targets: Ints) -> None:
-        """Map pages to their copies, in a pause for all of them with one flush.
+    def switch(self, pages: Words, targets: Ints, stale: Mask) -> None:
+        """Map pages, all to frames of one node, to their copies, in a pause for all of them with one flush.
 
-        What the log of dirty pages names since it was read last is copied once more in the pause.
+        Those whose copies are ``stale`` (bool[n]), and what the log of dirty pages names since it was read last, are
+        copied once more in the pause.
         """
-
-    @abstractmethod
-    def abandon(self, pages: Words, targets: Ints) -> None:
-        """Give up copies that were never switched to."""
 
 
 def host_help(view: PageView) -> HostHelp:

@@ -4,8 +4,7 @@ Made for STT-MRAM, whose writes are what is dear. A thread per VM reads and clea
 *corked multi-queues* rank pages by the seconds in which they were written, and every page sinks a level each time it
 was not written for its life time; what sinks out of the lowest level is a victim if it lies in fast memory and is
 forgotten otherwise. Every 5 s at most 1000 pairs trade places, the VM paused for all of them, with one INVEPT at the
-end. It needs 4 KiB EPT entries, so a huge page of the host is split when it is first found dirty. Left out: the
-daemon's hand-over of dirty pages from the kernel's thread (both are one thread here).
+end. It needs 4 KiB EPT entries, so a huge page of the host is split when it is first found dirty.
 """
 
 from typing import NamedTuple
@@ -309,6 +308,8 @@ POLICY = composed(
         summary="EPT dirty bits, corked multi-queues, paused batches of swaps; it sees writes only",
         view="host",
         source="RAMinate, SoCC'16",
+        left_out="the daemon that gets dirty pages from the kernel's thread: both are one thread; memory whose writes "
+        "cost more than this slow tier's",
     ),
     EPT_DIRTY_SCAN,
     CORKED_MULTI_QUEUE,

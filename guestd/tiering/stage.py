@@ -28,6 +28,7 @@ FAULTS = "hint faults"
 FAULT_AGES = "the time between protection and fault"
 ACCESSED = "accessed bits"
 DIRTY = "dirty bits"
+DIRTY_LOG = "harvests of the log of dirty pages"
 
 
 class StageError(Exception):
@@ -223,6 +224,9 @@ class Migrator(_StageBase):
 
         One that promotes here adds what that cost each fault's vCPU to ``cost_ps`` (int64[n]).
         """
+
+    def on_dirty(self, pages: Words) -> None:
+        """The tracker has harvested the log of dirty pages: what was written since it did so before (int64[n])."""
 
     def on_pressure(self, budget_ps: int) -> None:
         """See `Tiering.on_pressure`."""

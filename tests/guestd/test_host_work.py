@@ -118,7 +118,8 @@ def test_a_clean_copy_is_switched_to_and_a_page_written_since_is_copied_again(co
     run(machine, 11 * US, (US, OP_HARVEST, 0, 0, 0), *copies, (10 * US, OP_PAUSE, 0, 0, 3 * US), *switches)
     assert [slot(machine, 103), slot(machine, 104)] == [SLOW + 3, SLOW + 4]
     assert machine.counters[C.pml__copied_again] == 1
-    assert machine.vcpus.ledger[0, PAUSED] == 3 * US + 2 * US, "the copy made the pause longer"
+    lost = int(machine.vcpus.ledger[0, PAUSED])
+    assert 0 < lost - 5 * US <= 16 * costs.pml_entry_ps, "the copy made it longer; the exit empties the log"
     assert machine.stamps[SLOW + 3] == machine.stamps[3] and machine.stamps[SLOW + 4] == machine.stamps[4]
     machine.stamps[[3, 4]] = 0
     machine.vcpus.field[:, IDLE] = 0

@@ -10,7 +10,7 @@ from guestd.tiering.policy import PluginError, Policy
 
 BUILT_IN = {
     "none", "all-fast", "all-slow", "oracle", "g-tpp", "h-tpp", "memtis", "hemem", "hyperplace", "heterovisor",
-    "raminate",
+    "raminate", "vtmm",
 }  # fmt: skip
 
 
