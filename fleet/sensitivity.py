@@ -17,11 +17,12 @@ from msgspec import Struct
 
 from fleet import hosts, metric
 from fleet.atomic import write_atomic
-from fleet.cells import Summary, Watcher, run_cells
+from fleet.cells import Summary, run_cells
 from fleet.errors import ProfileError, SpecError
 from fleet.experiment import Experiment
 from fleet.hosts import Figure, Profile
 from fleet.names import unknown
+from fleet.sweep.progress import Progress
 
 DECIDES = 0.02
 """Share of the metric by which a cost must move it to count: the bound by which the emulator's own settings may."""
@@ -114,15 +115,16 @@ def variants(experiment: Experiment, figures: Iterable[Figure], profile: Profile
 
 
 def analyse(
-    experiment: Experiment, figures: Sequence[Figure], profile: Profile, path: str, root: Path, watcher: Watcher
-) -> list[Effect]:
+    experiment: Experiment, figures: Sequence[Figure], profile: Profile, path: str, root: Path,
+    *, jobs: int = 1, progress: Progress | None = None,
+) -> list[Effect]:  # fmt: skip
     """Run it all; the effects, the largest swing first. Raises MetricError before the variants run."""
     cells = variants(experiment, figures, profile)
-    base = run_cells({"default": cells["default"]}, root, watcher)["default"]
+    base = run_cells({"default": experiment}, root)["default"]
     if base["outcome"] != "ok":
         raise SpecError("the run at the spec's own costs failed: " + base["errors"][0]["message"])
     at_default = metric.value(base, path)
-    summaries = run_cells(cells, root, watcher)
+    summaries = run_cells(cells, root, jobs=jobs, progress=progress)
     effects = [_effect(figure, experiment, profile, path, at_default, summaries) for figure in figures]
     return sorted(effects, key=lambda one: (-one.swing, one.cost))
 

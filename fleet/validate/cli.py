@@ -2,7 +2,6 @@
 
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 DEFAULT_SCALE = "1/512"
+JOBS = 2
+"""Nothing here is measured CPU, which runs beside each other would disturb."""
 
 
 def validate(
@@ -37,6 +38,7 @@ def validate(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where runs are kept; the same again runs only what is missing.")
     ] = Path("runs/validate"),
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Runs at once.")] = JOBS,
     as_json: Json = False,
 ) -> None:
     """Emulate the published experiments and put published and emulated figures side by side, with a verdict each.
@@ -51,14 +53,15 @@ def validate(
     import msgspec
 
     from fleet.atomic import write_atomic
+    from fleet.sweep.progress import Display
     from fleet.validate import experiments, runner, table
 
     if costs not in get_args(runner.Extent):
         raise SpecError(f"--costs: must be one of {', '.join(get_args(runner.Extent))}, not {costs!r}")
     plan = experiments.plan(_scale("1" if full else scale), updates, seed)
     console, progress = _consoles()
-    with _watching(progress) as watcher:
-        report = runner.check(plan, cast(runner.Extent, costs), price, out, watcher, claim or [])
+    with Display(progress) as display:
+        report = runner.check(plan, cast(runner.Extent, costs), price, out, claim or [], jobs=jobs, progress=display)
     plain = json.dumps(msgspec.to_builtins(report), indent=2) + "\n"
     write_atomic(out / "validate.json", plain)
     if as_json:
@@ -80,6 +83,7 @@ def sensitivity(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in fleet run; repeatable.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results [runs/sensitivity-SPEC]")] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Runs at once.")] = JOBS,
     as_json: Json = False,
 ) -> None:
     """Move each cost of the host profile over its plausible range and say which ones a metric depends on.
@@ -95,6 +99,7 @@ def sensitivity(
     from fleet import hosts, tornado
     from fleet.sensitivity import analyse, choose, write
     from fleet.spec import load
+    from fleet.sweep.progress import Display
 
     experiment = load(spec, {}, setting or [])
     profile = hosts.load_profile(_host(spec), spec.parent)
@@ -103,8 +108,8 @@ def sensitivity(
         raise SpecError("no cost to move: --cost and --grade leave none")
     directory = out or Path("runs") / f"sensitivity-{spec.stem}"
     console, progress = _consoles()
-    with _watching(progress) as watcher:
-        effects = analyse(experiment, figures, profile, metric, directory, watcher)
+    with Display(progress) as display:
+        effects = analyse(experiment, figures, profile, metric, directory, jobs=jobs, progress=display)
     path = write(effects, directory)
     for name in ("tornado.png", "tornado.svg"):
         tornado.draw(effects, directory / name)
@@ -143,10 +148,3 @@ def _consoles() -> tuple["Console", "Console"]:
 
     tty = sys.stdout.isatty()
     return Console(highlight=False) if tty else Console(highlight=False, width=160), Console(stderr=True)
-
-
-def _watching(console: "Console") -> Any:
-    from fleet.cells import default_watcher
-
-    watcher = default_watcher(console)
-    return watcher if hasattr(watcher, "__enter__") else nullcontext(watcher)

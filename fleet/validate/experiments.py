@@ -111,7 +111,7 @@ def word_cells(of: Plan) -> dict[str, Experiment]:
     found |= {
         "words/pebs-own": _load(hyperplace | {"vms": 2}, sampling),
         "words/pebs-shared": _load(hyperplace | {"vms": 2}, sampling | {"host.pebs": "shared"}),
-        "words/pebs-legacy": _load(hyperplace, lazy),
+        "words/pebs-legacy-meant-to-die": _load(hyperplace, lazy),
         "words/pebs-legacy-populated": _load(hyperplace, lazy | {"host.populate": "true"}),
         "words/pebs-ept-friendly": _load(hyperplace, sampling | {"guest.ds_prefault": "false"}),
         "words/pml": _load(base | {"policy": "none"}, {"host.pml": "true", "host.pml_harvest": "50ms"}),

@@ -68,7 +68,7 @@ def _flush_lines(report: Report) -> list[tuple[str, ...]]:
     rows = report.flushes
 
     def count(here: float, there: float | None = None) -> str:
-        whole = "" if report.scale == "1" else f" ({here / Fraction(report.scale):.3g})"
+        whole = "" if report.scale == "1" else f" ({float(here / Fraction(report.scale)):.3g})"
         shown = f"{here:,}" if isinstance(here, int) else f"{here:.3f}"
         return f"{shown}{whole}" + ("" if there is None else f" | {there:,}")
 

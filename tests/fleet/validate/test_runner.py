@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from fleet.cells import Unwatched
 from fleet.validate import experiments
 from fleet.validate.claims import CLAIMS
 from fleet.validate.groups import groups
@@ -76,7 +75,7 @@ def test_a_wrong_value_is_refused_in_one_line(tmp_path: Path, flags: tuple[str, 
 def two_scales(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
     out = tmp_path_factory.mktemp("scales")
     only = ("flushes_h_over_g", "time_h_over_g", "executions_per_request")
-    return [check(experiments.plan(Fraction(1, n), UPDATES), "none", 1.0, out, Unwatched(), only) for n in (512, 1024)]
+    return [check(experiments.plan(Fraction(1, n), UPDATES), "none", 1.0, out, only, jobs=2) for n in (512, 1024)]
 
 
 @pytest.mark.timeout(400)
