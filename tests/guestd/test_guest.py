@@ -34,7 +34,13 @@ LAW: dict[str, tuple[dict[str, Scalar], int]] = {
 """Policy parameters scaled to 64 MiB, and virtual ms to run."""
 HOST_TICK_MS = 4
 """Host threads see accessed bits as they are at a barrier, so with a host-side design a quantum is at most a tick."""
-MEASURED = ("agent_cpu.measured", "agent_cpu.floor_s", "agent_cpu.guest_thread_s", "process_cpu.")
+MEASURED = (
+    "agent_cpu.measured",
+    "agent_cpu.floor_s",
+    "agent_cpu.guest_thread_s",
+    "process_cpu.",
+    "pebs.cpu_ns_per_sample.measured",
+)
 """Of this machine, not of the model."""
 BOOKKEEPING = ("agent_cpu.activations", "populate.vmstat.numa")
 """How often the emulator handed work over (hint faults go a batch at a time), and whether a host-side scan fell to
