@@ -92,8 +92,6 @@ def figure_cell(of: Plan, policy: str, vms: int) -> Experiment:
     }  # fmt: skip
     # What hyperplace burns a second depends on its epoch and sampling period, which therefore stay as they are.
     scaled = {} if policy == "hyperplace" else constants(policy, of.scale)
-    if policy == "hemem":
-        scaled |= {"policy.poller_core": "extra"}  # the seed's dedicates a core to it
     return _load(flags, machine(of.scale) | scaled)
 
 

@@ -1,9 +1,9 @@
 """HeMem (SOSP'21) in a guest: a user-space library with a thread that polls the PEBS rings and owns a core for it.
 
 The poller never sleeps, so that what it costs is the time it runs, whatever there is to do: so it is charged and marked
-(`agent_cpu.by_definition`). It is pinned to CPU 1. The workload has a thread there too, so that the scheduler gives it
-every second turn, half of that vCPU; ``poller_core=extra`` gives it a core of its own beside the VM's vCPUs: a whole
-one. The policy thread (CPU 2) moves 2 MiB at a time: write-protect, copy by up to 4 threads, remap; writers fault and
+(`agent_cpu.by_definition`): a core of its own beside the VM's vCPUs, so one core. With ``poller_core=shared`` it is
+pinned to CPU 1, where the workload has a thread too, so that the scheduler gives it every second turn, half of that
+vCPU. The policy thread (CPU 2) moves 2 MiB at a time: write-protect, copy by up to 4 threads, remap; writers fault and
 wait until then. Classifier: `guestd.tiering.fifo_lists`. Left out: the copy by I/OAT DMA, which a VM has not; the fault
 thread (CPU 0) and userfaultfd, but for what a waiting writer pays; a separate cooling thread (``sosp``: its work is the
 policy thread's); that other threads use the vCPU while a writer waits.
@@ -168,8 +168,8 @@ PEBS_POLLER = Stage(
               "src/pebs.h, SAMPLE_PERIOD", (), 0, 10_000_000),
         Param("poll_ring_pages", 1 << 14, "pages", "perf ring per event and CPU", "src/pebs.h, PERF_PAGES", (),
               1, 1 << 20),
-        Param("poller_core", "shared", "", "the poller shares vCPU 1 with the workload, or has a core beside the vCPUs",
-              "unpublished for VMs; on bare metal it has CPU 1 for itself", ("shared", "extra")),
+        Param("poller_core", "extra", "", "the poller has a core beside the vCPUs, or shares vCPU 1 with the workload",
+              "HeMem 3.2: a dedicated core; for VMs unpublished", ("extra", "shared")),
         Param("large_pebs", True, "", "interrupt when the buffer is nearly full, not at each record: its sample type "
               "(IP, TID, WEIGHT, ADDR) qualifies", "arch/x86/events/intel/ds.c, pebs_update_threshold"),
     ),
