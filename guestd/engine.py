@@ -32,6 +32,7 @@ from guestd.tlb import (
     look_up_4k,
     renew,
 )
+from guestd.transaction import copy_operation
 from guestd.vcpu import (
     CLOCK,
     CONTEXT,
@@ -74,7 +75,7 @@ from proto.entry import (
     STAMP_VERSION_MASK,
     WRITABLE,
 )
-from proto.layout import OP_PAUSE
+from proto.layout import OP_PAUSE, OP_TRANSACTION_BEGIN
 from proto.trace import LLC_HIT, LOAD, STORE
 from proto.units import PAGE_SHIFT, TABLE_PAGES, TABLE_SHIFT
 
@@ -350,7 +351,7 @@ def _preempted(m: Machine, vcpu: int, now: int, until: int) -> bool:
 
 @kernel
 def run(m: Machine, operations: np.ndarray, until: int) -> int:
-    """Run all vCPUs to virtual time ``until`` (ps), applying ``operations`` (OPERATION[k]) at their times.
+    """Run all vCPUs to virtual time ``until`` (ps), applying ``operations`` (OPERATION[k], of both kernels) in time.
 
     Returns the reason; for all but REACHED, ``state[S.TURN]`` names the vCPU, and the next call resumes there.
     """
@@ -377,7 +378,9 @@ def run(m: Machine, operations: np.ndarray, until: int) -> int:
             due = operation_due(m, operations[next_operation])
             if due > boundary:
                 break
-            if operations[next_operation].kind >= OP_PAUSE:
+            if operations[next_operation].kind >= OP_TRANSACTION_BEGIN:
+                copy_operation(m, operations[next_operation])
+            elif operations[next_operation].kind >= OP_PAUSE:
                 apply_host_work(m, operations[next_operation], boundary)
             else:
                 apply_operation(m, operations[next_operation], due)

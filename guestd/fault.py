@@ -1,9 +1,10 @@
 """Page faults of a guest, taken in batches.
 
 When an access cannot be translated, the rest of the block is looked through in order: pages never mapped are allocated
-and mapped at once (demand-zero), pages under PROT_NONE are listed for the policy (NUMA hint faults), and gPA frames
-without an EPT mapping are listed for one `EptFault` message. Every fault is charged on its own, before the access that
-would have met it; only its side effects come up to one block early (the invariance law bounds what that moves).
+and mapped at once (demand-zero), pages under PROT_NONE are listed for the policy (NUMA hint faults), read-only pages
+that are written are made writable and listed, and gPA frames without an EPT mapping are listed for one `EptFault`
+message. Every fault is charged on its own, before the access that would have met it; only its side effects come up to
+one block early (the invariance law bounds what that moves).
 
 With transparent huge pages (mm/huge_memory.c, do_huge_pmd_anonymous_page) the first fault in an aligned 2 MiB that lie
 wholly in one VMA maps them at once, if its node has a block; if it has none, 4 KiB pages do for good, or until
@@ -18,7 +19,8 @@ from guestd.jit import inline, kernel
 from guestd.machine import Machine, S
 from guestd.mm.nodes import F_HUGE, NO_PAGE, WMARK_LOW, WMARK_MIN, Nodes, allocate, lru_add, take_free_block
 from guestd.pml import set_dirty
-from guestd.vcpu import EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, LENGTH, MINOR_FAULT, POSITION, Vcpus
+from guestd.transaction import unshadowed
+from guestd.vcpu import EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, LENGTH, MINOR_FAULT, POSITION, WP_FAULT, Vcpus
 from guestd.walk import PageTables
 from proto.arrays import Bytes, Words
 from proto.counters import C
@@ -29,6 +31,7 @@ from proto.entry import (
     HUGE,
     PRESENT,
     PROTNONE,
+    SHADOWED,
     STAMP_PAGE_SHIFT,
     STAMP_TABLE_BASE,
     WRITABLE,
@@ -77,9 +80,11 @@ class Batch(NamedTuple):
     fresh: Words
     """int64[n]: pages (or STAMP_TABLE_BASE + table) that got a frame and are to be cleared once the EPT maps it."""
     fresh_gpfn: Words
+    written: Words
+    """int64[n]: pages that were read-only and are writable again, as they are written to."""
     counts: Words
-    """int64[4]: hints, gPA frames, fresh, state (OUT_OF_MEMORY, or WRITE_PROTECTED: the first access is a write to a
-    page that the policy write-protected)."""
+    """int64[5]: hints, gPA frames, fresh, state (OUT_OF_MEMORY, or WRITE_PROTECTED: the first access is a write to a
+    page that the policy write-protected), written."""
 
 
 def new_batch(block: int) -> Batch:
@@ -93,7 +98,8 @@ def new_batch(block: int) -> Batch:
         np.zeros(room, np.uint8),
         np.zeros(room, np.int64),
         np.zeros(room, np.int64),
-        np.zeros(4, np.int64),
+        np.zeros(block, np.int64),
+        np.zeros(5, np.int64),
     )
 
 
@@ -166,17 +172,17 @@ def _map_huge(m: Machine, nodes: Nodes, batch: Batch, table: int, position: int,
 
 
 @inline
-def _charge_fault(m: Machine, vcpu: int, position: int, fault_ps: int) -> None:
+def _charge_fault(m: Machine, vcpu: int, position: int, fault_ps: int, part: int) -> None:
     vcpus = m.vcpus
     vcpus.fault_ps[vcpu, position] += fault_ps
-    vcpus.fault_part[vcpu, position] = MINOR_FAULT
+    vcpus.fault_part[vcpu, position] = part
     vcpus.retries[vcpu, position] += 1
     m.counters[C.vmstat__pgfault] += 1
 
 
 @kernel
 def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, default_node: int, fault_ps: int,
-            thp: Thp, batch: Batch) -> None:  # fmt: skip
+            wp_fault_ps: int, thp: Thp, batch: Batch) -> None:  # fmt: skip
     """Look through up to ``block`` accesses of ``vcpu`` from its position on and gather their faults.
 
     ``prefer``: uint8[pages] preferred node per page, or empty for ``default_node``.
@@ -219,7 +225,7 @@ def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, defa
                 break
             if _map_huge(m, nodes, batch, table, position, node, thp.remote):
                 huge += 1
-                _charge_fault(m, vcpu, position, thp.fault_ps)
+                _charge_fault(m, vcpu, position, thp.fault_ps, MINOR_FAULT)
                 continue
         if not _reach_table(m, nodes, batch, table, position, default_node):
             batch.counts[3] = OUT_OF_MEMORY
@@ -233,16 +239,23 @@ def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, defa
             lru_add(nodes, frame, 0)
             gpt[page] = (entry & ~FRAME_MASK) | (frame << FRAME_SHIFT) | PRESENT | WRITABLE | QUEUED
             _list_fresh(batch, page, frame)
-            _charge_fault(m, vcpu, position, fault_ps)
+            _charge_fault(m, vcpu, position, fault_ps, MINOR_FAULT)
             if not _backed(ept, frame):
                 _list_gpfn(batch, frame, position, 0)
         else:
             frame = (entry & FRAME_MASK) >> FRAME_SHIFT
+            writes = (vcpus.kind[vcpu, position] & ~LLC_HIT & 0xFF) != LOAD
+            if writes and (entry & SHADOWED) != 0:
+                entry = unshadowed(entry)
+                gpt[page] = entry
+                batch.written[batch.counts[4]] = page
+                batch.counts[4] += 1
+                _charge_fault(m, vcpu, position, wp_fault_ps, WP_FAULT)
             listed = (entry & QUEUED) != 0 or (whole and (upper[table] & QUEUED) != 0)
             if not listed and not _backed(ept, frame):
                 gpt[page] = entry | QUEUED
                 _list_gpfn(batch, frame, position, 1)
-            elif position == start and (entry & WRITABLE) == 0 and (vcpus.kind[vcpu, position] & ~LLC_HIT) != LOAD:
+            elif position == start and (entry & WRITABLE) == 0 and writes:
                 # Only time takes the protection off, so that what comes after it is looked at then.
                 vcpus.retries[vcpu, position] += 1
                 m.counters[C.vmstat__pgfault] += 1

@@ -51,10 +51,14 @@ class TlbFlush:
         self._meter.charge(self._costs.cr3_flush_ps)
         counters[C.instr__mov_cr3] += 1 + self._shoot_down(1, self._costs.cr3_flush_ps)
 
-    def pages(self, pages: Words, requests: int) -> None:
-        """Invalidate each page (int64[n]) here and elsewhere, with ``requests`` remote requests altogether."""
+    def pages(self, pages: Words, requests: int, *, execute: bool = True) -> None:
+        """Invalidate each page (int64[n]) here and elsewhere, with ``requests`` remote requests altogether.
+
+        ``execute``: false if the invalidations themselves are done at times of their own (`guestd.transaction`).
+        """
         machine, counters = self._machine, self._machine.counters
-        invlpg_everywhere(machine.vcpus, machine.tlb_geometry, machine.walk_geometry, pages)
+        if execute:
+            invlpg_everywhere(machine.vcpus, machine.tlb_geometry, machine.walk_geometry, pages)
         each = self._costs.invlpg_ps + (self._costs.invpcid_addr_ps if self._kernel.pti else 0)
         counters[C.vmstat__nr_tlb_local_flush_one] += pages.size
         self._meter.charge(each * pages.size)

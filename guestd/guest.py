@@ -37,6 +37,7 @@ from guestd.machine import S, new_machine
 from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter
 from guestd.mm.khugepaged import Khugepaged
 from guestd.mm.nodes import FAST, WMARK_LOW, new_nodes
+from guestd.operations import Operations
 from guestd.params import resolve
 from guestd.perf_events import PerfEvents
 from guestd.report import Snapshot, build_report, huge_pages, progress
@@ -65,7 +66,6 @@ from guestd.walk import price_walks
 from guestd.watch import Watch
 from guestd.workloads.base import Buffer
 from guestd.workloads.registry import workloads
-from proto.arrays import Bytes, Words
 from proto.config import GuestConfig, launch_ps
 from proto.counters import C
 from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
@@ -85,9 +85,6 @@ class Guest:
         self.policy = policy_of(config.policy, config.stages)
         self.config = config = with_needs(config, self.policy)
         self.memory = memory
-        self._host_ept_fault = ept_fault
-        self._operations = np.zeros(0, OPERATION)
-        """The host's for this quantum, in order of time; `S.OPERATION` says which is next."""
         self._threads = threads
         params = resolve(self.policy.params, config.policy_params)
         self.workload = workloads()[config.workload].create(config)
@@ -100,13 +97,14 @@ class Guest:
         self.nodes = new_nodes(total, total if host_side else config.fast_pages, 0 if host_side else config.slow_pages)
         self.sampling = self.policy.sampling(params)
         self.machine = new_machine(config, self.workload.space, memory, self.sampling, self.workload.mlp)
+        self.operations = Operations(self.machine.state, ept_fault)
         self.meter = Meter()
-        self.perf = PerfEvents(config, self.machine, self.nodes, self.meter, self._ept_fault, self.sampling)
+        self.perf = PerfEvents(config, self.machine, self.nodes, self.meter, self.operations.ept_fault, self.sampling)
         self._timers: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
         self._events = EventLog(config.events_path, config.vm)
         self.view = GuestView(
-            self.machine, self.nodes, self.meter, config, self._schedule_policy, self._ept_fault, self._events
+            self.machine, self.nodes, self.meter, config, self._schedule_policy, self.operations.ept_fault, self._events
         )
         self.view.program_pmu = self.perf.program
         # A host-side policy runs in the host; here the guest manages nothing.
@@ -201,7 +199,6 @@ class Guest:
         state, machine = self.machine.state, self.machine
         until = message.until_ps
         state[S.END_PS] = until
-        state[S.OPERATION] = 0
         machine.latency_ps[:] = np.array(message.latency_ps).reshape(2, 2)
         machine.budget[:] = np.array(message.bandwidth_budget).reshape(2, 2)
         before = machine.budget.copy()
@@ -212,7 +209,7 @@ class Guest:
         )  # fmt: skip
         if self._host_scans:
             ept_changed(machine)
-        self._operations = np.frombuffer(message.operations, OPERATION)
+        self.operations.of_host(np.frombuffer(message.operations, OPERATION))
         while self.now < until and not self.finished:
             target = min(until, self._timers[0][0] if self._timers else FOREVER)
             if self.phase == "run" and self.config.run_ps:
@@ -247,7 +244,7 @@ class Guest:
         """Run the engine until ``until``, a fault or a PMI; generate accesses as they are needed."""
         field, state = self.machine.vcpus.field, self.machine.state
         while True:
-            reason = int(engine.run(self.machine, self._operations, until))
+            reason = int(engine.run(self.machine, self.operations.pending, until))
             if reason != NEED_ACCESSES:
                 return reason
             vcpu = int(state[S.TURN])
@@ -286,26 +283,16 @@ class Guest:
 
     # -- faults and interrupts ----------------------------------------------------------------------------------
 
-    def _ept_fault(self, time_ps: int, gpfns: Words, write: Bytes) -> Words:
-        """The hypercall. The host takes what it had planned for before ``time_ps`` for done: that is not quite so.
-
-        An operation may wait for mmu_lock, and a vCPU's clock may be past the end of its slice.
-        """
-        pending = int(self.machine.state[S.OPERATION])
-        if pending < self._operations.size:
-            time_ps = min(time_ps, int(self._operations["time_ps"][pending]))
-        return self._host_ept_fault(time_ps, gpfns, write)
-
     def _take_faults(self) -> None:
         machine, config, batch = self.machine, self.config, self._batch
         vcpus, counters = machine.vcpus, machine.counters
         vcpu = int(machine.state[S.TURN])
         collect(machine, vcpu, config.engine.block, self.nodes, self._prefer, FAST, config.costs.minor_fault_ps,
-                self._thp, batch)  # fmt: skip
-        hints, gpfns, fresh, state = (int(count) for count in batch.counts)
+                config.costs.wp_fault_ps, self._thp, batch)  # fmt: skip
+        hints, gpfns, fresh, state, written = (int(count) for count in batch.counts)
         now = int(vcpus.field[vcpu, CLOCK])
         if gpfns:
-            cost = self._ept_fault(now, batch.gpfn[:gpfns], np.ones(gpfns, np.uint8))
+            cost = self.operations.ept_fault(now, batch.gpfn[:gpfns], np.ones(gpfns, np.uint8))
             charge_violations(vcpus, vcpu, batch, cost)
             counters[C.exit__ept_violation] += np.count_nonzero(cost)
         if fresh and clear_fresh(machine, vcpu, batch.fresh[:fresh], batch.fresh_gpfn[:fresh]):
@@ -318,10 +305,15 @@ class Guest:
             pages = batch.hint_page[:hints]
             cost = self._activate(TASK, vcpu, self.tiering.on_hint_faults, pages, at=now, charge_vcpu=False)
             charge_hints(vcpus, vcpu, batch, cost)
+        if written:
+            self._activate(TASK, vcpu, self.view.on_writes, batch.written[:written], at=now, charge_vcpu=False)
         self._wake_kswapd(now)
-        if state == 0 and not (hints or gpfns or fresh):
+        found = hints or gpfns or fresh or written
+        if state == OUT_OF_MEMORY and not found and self._activate(TASK, vcpu, self.view.on_allocation_failure, at=now):
+            return
+        if state == 0 and not found:
             raise GuestError("an access cannot be translated, and no fault says why; the policy left an entry unusable")
-        if state == OUT_OF_MEMORY and not (hints or gpfns or fresh):
+        if state == OUT_OF_MEMORY and not found:
             raise GuestError(
                 f"out of memory: {self.workload.space.pages} pages of gVA on {config.total_pages} pages of memory; "
                 "give the VM more memory or the workload a smaller footprint"
@@ -400,6 +392,9 @@ class Guest:
         began = meter.now = self.now if at < 0 else at
         self.activations += 1
         result = self._threads.on_agent(function, *args)
+        operations = self.view.take_operations()
+        if operations is not None:
+            self.operations.of_guest(operations)
         if charge_vcpu:
             if context == KTHREAD:
                 field[KTHREAD_START] = field[CLOCK]
@@ -430,7 +425,7 @@ class Guest:
         away = gpfns[(machine.ept[gpfns] & WRITABLE) == 0]
         for start in range(0, away.size, FAULTS_A_MESSAGE):
             batch = away[start : start + FAULTS_A_MESSAGE]
-            self._ept_fault(self.now, batch, np.zeros(batch.size, np.uint8))
+            self.operations.ept_fault(self.now, batch, np.zeros(batch.size, np.uint8))
         self.pages_brought_back = away.size
         checked, bad = verify(machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]), kernel)
         total_time(machine.vcpus, machine.counters)

@@ -12,6 +12,7 @@ import numpy as np
 from guestd.events import EventLog
 from guestd.fault import clear_fresh
 from guestd.flush import TlbFlush
+from guestd.guest_copy import Copies
 from guestd.jit import inline
 from guestd.kvm import take_violations
 from guestd.machine import Machine
@@ -20,7 +21,7 @@ from guestd.mm.nodes import FAST, NO_PAGE, Nodes, allocate, give_all_free, give_
 from guestd.pml import set_accessed, set_dirty
 from guestd.tiering.pages import Pdes, expand, frame_of
 from guestd.tiering.radix import radix_of
-from guestd.tiering.view import PageView
+from guestd.transaction import unshadowed
 from guestd.vcpu import AGENT, book
 from proto.arrays import Bytes, Ints, Mask, Words
 from proto.config import GuestConfig
@@ -116,7 +117,7 @@ def _swap_contents(m: Machine, pages: Words, frames: Words, others: Words, other
 @inline
 def _remap(entry: int, frame: int, protnone: int) -> int:
     """``entry`` for another frame, not accessed yet; under PROT_NONE if that is wanted or if it was."""
-    entry = (entry & ~(FRAME_MASK | ACCESSED | DIRTY)) | (frame << FRAME_SHIFT)
+    entry = unshadowed(entry & ~(FRAME_MASK | ACCESSED | DIRTY)) | (frame << FRAME_SHIFT)
     return (entry & ~PRESENT) | PROTNONE if protnone != 0 else entry
 
 
@@ -142,7 +143,7 @@ def _split_entries(gpt: Words, pde: Pdes, heads: Words, tables: Words) -> None:
 def _collapse_entries(gpt: Words, pde: Pdes, head: int, target: int) -> None:
     """One entry, young and dirty as mk_huge_pmd makes it, takes over from 512 leaves, which are accessible now."""
     for leaf in range(head, head + TABLE_PAGES):
-        gpt[leaf] = (gpt[leaf] & ~PROTNONE) | PRESENT
+        gpt[leaf] = unshadowed(gpt[leaf] & ~PROTNONE) | PRESENT
     pde[head >> TABLE_SHIFT] = (target << FRAME_SHIFT) | PRESENT | WRITABLE | HUGE | ACCESSED | DIRTY
 
 
@@ -156,7 +157,7 @@ def _writable(gpt: Words, pde: Pdes, heads: Words, leaves: Words, bit: int) -> N
         gpt[leaf] = (gpt[leaf] & ~WRITABLE) | bit
 
 
-class GuestView(PageView):
+class GuestView(Copies):
     """See the module. ``flush.vcpu`` is the vCPU that the work in progress runs on (set by the scheduler)."""
 
     def __init__(self, machine: Machine, nodes: Nodes, meter: Meter, config: GuestConfig,
@@ -252,6 +253,9 @@ class GuestView(PageView):
         elif pages.size:
             self.flush.pages(pages, requests=pages.size)
 
+    def _batched_flush(self) -> bool:
+        return self._kernel.batched_unmap_flush and self.meter.context != TASK
+
     def _back(self, frames: Words) -> None:
         """Have the host map frames before a copy, as its first access would."""
         machine = self._machine
@@ -275,7 +279,7 @@ class GuestView(PageView):
         protnone = PROTNONE if protect else 0
         self._back(np.concatenate([sources, places]))
         if not copied:
-            self._flush_unmapped(pages, sizes, self._kernel.batched_unmap_flush and self.meter.context != TASK)
+            self._flush_unmapped(pages, sizes, self._batched_flush())
         _copy_and_map(self.meter.book, self._machine, self.nodes, leaves, sources, places, protnone, self.flush.vcpu)
         huge = sizes > 1
         if huge.any():
@@ -289,6 +293,7 @@ class GuestView(PageView):
         costs, book = self.costs, self.meter.book
         slow, slow_places = expand(slow_pages, sizes), expand(slow_frames, sizes)
         fast, fast_places = expand(fast_pages, sizes), expand(fast_frames, sizes)
+        self._drop_shadows(fast_places)
         with self.meter.stage(MIGRATE):
             self._back(np.concatenate([slow_places, fast_places]))
             self._flush_unmapped(np.concatenate([slow_pages, fast_pages]), np.tile(sizes, 2), batched)
@@ -323,6 +328,7 @@ class GuestView(PageView):
         table = frame_of(self._pde[head >> TABLE_SHIFT])
         targets = np.arange(target, target + TABLE_PAGES, dtype=np.int64)
         sources = frames.astype(np.int64)
+        self._drop_shadows(sources)
         self._back(np.concatenate([sources, targets]))
         # pmdp_collapse_flush: it is 4 KiB translations that are flushed.
         self.flush.range(head, head + TABLE_PAGES - 1)

@@ -66,8 +66,8 @@ LATENCY_BINS = 1024
 LATENCY_BIN_SHIFT = 12
 """A bin of the latency histogram is 4.096 ns wide."""
 
-(THINK, STALL, MINOR_FAULT, HINT_FAULT, EPT_VIOLATION, EPT_REFAULT, KICK, PMI_EXIT, PML_FULL, HOST_TASK, PAUSED,
- PREEMPTED, INTERRUPT, AGENT, CONTEXT_SWITCH, PEBS_RECORD, THROTTLE, HALTED) = range(LEDGER)  # fmt: skip
+(THINK, STALL, MINOR_FAULT, HINT_FAULT, WP_FAULT, EPT_VIOLATION, EPT_REFAULT, KICK, PMI_EXIT, PML_FULL, HOST_TASK,
+ PAUSED, PREEMPTED, INTERRUPT, AGENT, CONTEXT_SWITCH, PEBS_RECORD, THROTTLE, HALTED) = range(LEDGER)  # fmt: skip
 """Columns of the ledger: `proto.counters.C` from ``time__think_ps`` on, which says what each is."""
 
 
@@ -107,7 +107,7 @@ class Vcpus(NamedTuple):
     fault_ps: Words
     """int64[n, BUFFER]: what faults add before an access, in guest mode."""
     fault_part: Bytes
-    """uint8[n, BUFFER]: MINOR_FAULT or HINT_FAULT, the part that it belongs to."""
+    """uint8[n, BUFFER]: MINOR_FAULT, HINT_FAULT or WP_FAULT, the part that it belongs to."""
     exit_ps: Words
     """int64[n, BUFFER]: what EPT violations add before an access, without waiting for the mmu lock."""
     exit_part: Bytes

@@ -105,6 +105,8 @@ class Costs(Struct, frozen=True):
     """Guest demand-zero fault, EPT warm, clearing included."""
     hint_fault_ps: int
     """NUMA hint fault, without migration."""
+    wp_fault_ps: int
+    """Write-protect fault that only makes the page writable again."""
     ept_violation_ps: int
     """EPT violation, host page already there (round trip included)."""
     ept_violation_alloc_ps: int

@@ -50,6 +50,25 @@ class C(IntEnum):
     vmstat__pgdeactivate = auto()
     vmstat__pgscan_kswapd = auto()
     vmstat__pgsteal_kswapd = auto()
+    vmstat__nomad_queued = auto()
+    """Pages put on the promotion queue."""
+    vmstat__nomad_queue_full = auto()
+    """Pages passed over, as the queue was full."""
+    vmstat__nomad_transaction_success = auto()
+    vmstat__nomad_transaction_abort = auto()
+    """Copies that were thrown away, as the page was written meanwhile."""
+    vmstat__nomad_retry = auto()
+    """Pages tried again after that."""
+    vmstat__nomad_shadow_link = auto()
+    """Shadow pages kept at a promotion. Those that there are: `link` - `drop` - `reclaim` - `demote`."""
+    vmstat__nomad_shadow_drop = auto()
+    """Shadow pages given up, as their page was written or moved."""
+    vmstat__nomad_shadow_reclaim = auto()
+    """Shadow pages given up, as memory was short."""
+    vmstat__nomad_shadow_demote = auto()
+    """Demotions to a shadow page, without a copy."""
+    vmstat__nomad_wp_fault = auto()
+    """Writes to a page that was read-only for the sake of its shadow."""
     vmstat__thp_fault_alloc = auto()
     vmstat__thp_fault_fallback = auto()
     vmstat__thp_split_page = auto()
@@ -105,6 +124,8 @@ class C(IntEnum):
     time__minor_fault_ps = auto()
     time__hint_fault_ps = auto()
     """NUMA hint faults, with the migrations in them; writers that wait for pages under write protection."""
+    time__wp_fault_ps = auto()
+    """Writes to pages that are read-only for the sake of their shadows."""
     time__ept_violation_ps = auto()
     """Exits for gPA frames that the EPT never mapped."""
     time__ept_refault_ps = auto()
@@ -155,8 +176,8 @@ LEDGER = C.time__halted_ps - C.time__think_ps + 1
 EXIT_PARTS = ("ept_violation", "ept_refault", "kick", "pmi_exit", "pml_full", "host_task", "paused", "preempted",
               "halted")  # fmt: skip
 """Parts of a vCPU's time in which it is outside guest mode."""
-STOLEN_PARTS = ("hint_fault", "ept_refault", "kick", "pmi_exit", "pml_full", "host_task", "paused", "interrupt",
-                "agent", "pebs_record")  # fmt: skip
+STOLEN_PARTS = ("hint_fault", "wp_fault", "ept_refault", "kick", "pmi_exit", "pml_full", "host_task", "paused",
+                "interrupt", "agent", "pebs_record")  # fmt: skip
 """Parts of a vCPU's time that management took from it."""
 Counters = npt.NDArray[np.int64]
 """int64[COUNTERS]"""

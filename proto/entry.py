@@ -24,6 +24,9 @@ PROTNONE = 1 << 8
 YOUNG = 1 << 9
 """Software bit: the A bit of an entry that was zapped, kept for the reclaim's next look (KVM: kvm_set_pfn_accessed)."""
 
+SHADOWED = 1 << 11
+"""Software bit of a GPT entry: read-only for the sake of the page's shadow, else writable (bit 52 in Nomad's patch)."""
+
 FRAME_SHIFT = 12
 FRAME_BITS = 28
 FRAME_MASK = ((1 << FRAME_BITS) - 1) << FRAME_SHIFT

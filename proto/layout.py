@@ -42,13 +42,18 @@ OP_WALK_GPT = 11
 """The host walks the guest's page table and clears its A bits: see `VmMemory.walk`. One flush request if it cleared any
 and no flush is due anyhow. With NARROW in ``flags`` it looks only at tables whose page the log of dirty pages named."""
 NARROW = 1
+OP_TRANSACTION_BEGIN = 12
+"""The guest's own: it begins to copy page a, which stays mapped (`guestd.transaction`)."""
+OP_TRANSACTION_END = 13
+"""The guest's own: its copy of page a in gPA frame b takes the page's place, unless the page was written meanwhile."""
 
 OPERATION = np.dtype([
     ("time_ps", "<i8"), ("kind", "<i4"), ("flags", "<i4"), ("a", "<i8"), ("b", "<i8"), ("hold_ps", "<i8"),
     ("busy_ps", "<i8"),
 ])  # fmt: skip
 """A host operation on a VM at a virtual time. ``flags``: PROTNONE for OP_ZAP (set on slow entries) and OP_MOVE; HUGE
-for OP_MOVE, OP_SWAP and OP_TRADE: of the 512 pages from each of a and b on, which are one huge page afterwards.
+for OP_MOVE, OP_SWAP and OP_TRADE: of the 512 pages from each of a and b on, which are one huge page afterwards. For
+OP_TRANSACTION_END `guestd.transaction.READ_ONLY`, and in the bits above it the vCPU that copies.
 ``hold_ps``: how long its flush request holds mmu_lock; ``busy_ps``: how long EPT violations of its frames have to wait.
 """
 

@@ -8,8 +8,9 @@ import numpy as np
 from fleet.in_process import InProcessFleet
 from guestd.fault import table_frames
 from guestd.guest import Guest
-from guestd.mm.nodes import F_ACTIVE, F_BUSY, F_HUGE, F_LRU, NO_PAGE, Nodes
+from guestd.mm.nodes import F_ACTIVE, F_BUSY, F_HUGE, F_LRU, F_SHADOW, NO_PAGE, Nodes
 from guestd.mm.page_alloc import is_free
+from guestd.mm.shadows import COUNT, LOWEST
 from guestd.tiering.pages import expand
 from guestd.tiering.registry import policies
 from proto.arrays import Bytes, Mask, Words
@@ -120,14 +121,20 @@ def check_memory(fleet: InProcessFleet) -> None:
         frames = (gpt[pages] & FRAME_MASK) >> FRAME_SHIFT
         kernel = np.concatenate([table_frames(machine.tables), machine.ds.gpfn.reshape(-1)])
         kernel = kernel[kernel >= 0]
-        _check_nodes(guest.nodes, np.concatenate([frames, kernel]))
+        flags = guest.nodes.flags
+        # A page that is being copied has two frames, and shadows are in use.
+        own = np.flatnonzero(flags & (F_BUSY | F_SHADOW))
+        _check_nodes(guest.nodes, np.union1d(own, np.concatenate([frames, kernel])))
+        assert np.unique(frames).size == frames.size
+        _check_shadows(guest)
         assert (guest.nodes.page[frames] == pages).all()
         upper = machine.tables.upper
         huge = _check_units(gpt, upper[: gpt.size // TABLE_PAGES], guest.nodes)
         own = upper[huge // TABLE_PAGES]
         assert ((own ^ gpt[huge]) & (FRAME_MASK | PRESENT | PROTNONE) == 0).all(), "entry and books of a huge page"
-        assert (guest.nodes.flags[frames[_is_base(pages, huge)]] & F_LRU).all()
-        _check_lists(guest.nodes, frames.size)
+        copied = (flags[frames] & F_BUSY) != 0
+        assert (flags[frames[_is_base(pages, huge) & ~copied]] & F_LRU).all()
+        _check_lists(guest.nodes, frames.size - int(copied.sum()))
 
         host = fleet.host.vms[vm]
         ept = machine.ept
@@ -145,6 +152,22 @@ def check_memory(fleet: InProcessFleet) -> None:
             still = (host.nodes.flags[slots] & F_BUSY) == 0
             assert (host.nodes.page[slots[still]] == gpfns[still]).all()
             _check_lists(host.nodes, gpfns.size)
+
+
+def _check_shadows(guest: Guest) -> None:
+    """Each shadow keeps the content of one page in fast memory, which is read-only."""
+    shadows, flags, machine = guest.view.shadows, guest.nodes.flags, guest.machine
+    if shadows is None:
+        assert not (flags & F_SHADOW).any()
+        return
+    owners = np.flatnonzero(shadows.of)
+    assert sorted(shadows.of[owners]) == np.flatnonzero(flags & F_SHADOW).tolist()
+    assert owners.size == shadows.state[COUNT] and (owners >= shadows.state[LOWEST]).all()
+    assert (shadows.of[owners] >= flags.size // 2).all()
+    entries = machine.gpt[guest.nodes.page[owners]]
+    assert ((entries & FRAME_MASK) >> FRAME_SHIFT == owners).all() and not (entries & (WRITABLE | DIRTY)).any()
+    backed = [(machine.ept[frames] & FRAME_MASK) >> FRAME_SHIFT for frames in (owners, shadows.of[owners])]
+    assert (machine.stamps[backed[0]] == machine.stamps[backed[1]]).all()
 
 
 def _is_base(pages: Words, huge: Words) -> Mask:

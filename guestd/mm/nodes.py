@@ -2,7 +2,8 @@
 
 Frames are numbered over both nodes: node 0 (fast) has frames [0, span), node 1 (slow) [span, 2 span), of which a share
 is managed; the rest is as good as ballooned away, so that shares can change later. Watermarks follow Linux
-(mm/page_alloc.c, __setup_per_zone_wmarks) plus WMARK_DEMOTE of the TPP patches (demote_scale_factor, 2 %).
+(mm/page_alloc.c, __setup_per_zone_wmarks), with its WMARK_PROMO and the WMARK_DEMOTE of the TPP patches
+(demote_scale_factor, 2 %).
 
 A *unit* is what is managed as one: a 4 KiB page, or a huge page, the 512 frames of a block (`guestd.mm.page_alloc`) of
 which the first, its *head*, carries F_HUGE and stands for all: on the lists, whose sizes count 512 for it, and wherever
@@ -20,7 +21,8 @@ from proto.arrays import Bytes, Ints, Mask, Words
 from proto.units import TABLE_PAGES
 
 FAST, SLOW = 0, 1
-WMARK_MIN, WMARK_LOW, WMARK_HIGH, WMARK_DEMOTE = 0, 1, 2, 3
+WMARK_MIN, WMARK_LOW, WMARK_HIGH, WMARK_DEMOTE, WMARK_PROMO = 0, 1, 2, 3, 4
+WMARKS = 5
 
 INACTIVE, ACTIVE = 0, 1
 NO_PAGE = -1
@@ -35,6 +37,8 @@ F_BUSY = 1 << 4
 """A host operation on it is under way."""
 F_HUGE = 1 << 5
 """The head of a huge page."""
+F_SHADOW = 1 << 6
+"""Keeps the content of a page that is mapped in fast memory (`guestd.mm.shadows`)."""
 
 
 class Nodes(NamedTuple):
@@ -53,7 +57,7 @@ class Nodes(NamedTuple):
     free_count: Words
     """int64[2]"""
     watermark: Words
-    """int64[2, 4]: frames."""
+    """int64[2, WMARKS]: frames."""
     managed: Words
     """int64[2]"""
 
@@ -64,7 +68,7 @@ def new_nodes(span: int, fast_managed: int, slow_managed: int, demote_scale: int
     links = np.arange(frames + 4, dtype=np.int32)
     links[:frames] = NO_PAGE
     managed = np.array([fast_managed, slow_managed], np.int64)
-    watermark = np.zeros((2, 4), np.int64)
+    watermark = np.zeros((2, WMARKS), np.int64)
     for node in (FAST, SLOW):
         count = int(managed[node])
         # min_free_kbytes = 4 sqrt(lowmem KiB), shared by size (mm/page_alloc.c, calculate_min_free_kbytes).
@@ -73,7 +77,7 @@ def new_nodes(span: int, fast_managed: int, slow_managed: int, demote_scale: int
         gap = max(minimum // 4, count // 1000)
         high = minimum + 2 * gap
         demote = min(count, max(2 * high, count * demote_scale // 10000))
-        watermark[node] = (minimum, minimum + gap, high, demote)
+        watermark[node] = (minimum, minimum + gap, high, demote, high + gap)
     return Nodes(
         np.full(frames, NO_PAGE, np.int32),
         np.zeros(frames, np.uint8),
@@ -216,7 +220,8 @@ def put_back(nodes: Nodes, frames: Ints, active: Bytes, referenced: Bytes) -> No
 
 
 @inline
-def _mark(nodes: Nodes, frame: int) -> int:
+def mark(nodes: Nodes, frame: int) -> int:
+    """mark_page_accessed (mm/swap.c): inactive -> referenced -> active. Returns the pages activated."""
     activated = 0
     if nodes.flags[frame] & F_ACTIVE:
         nodes.flags[frame] |= F_REFERENCED
@@ -233,10 +238,10 @@ def _mark(nodes: Nodes, frame: int) -> int:
 
 @kernel
 def mark_accessed(nodes: Nodes, frames: Ints) -> int:
-    """mark_page_accessed (mm/swap.c): inactive -> referenced -> active. Returns the pages activated."""
+    """`mark` each frame. Returns the pages activated."""
     activated = 0
     for frame in frames:
-        activated += _mark(nodes, frame)
+        activated += mark(nodes, frame)
     return activated
 
 
@@ -247,5 +252,5 @@ def mark_inactive_accessed(nodes: Nodes, frames: Ints, active: Mask) -> int:
     for i in range(frames.size):
         active[i] = (nodes.flags[frames[i]] & F_ACTIVE) != 0
         if not active[i]:
-            activated += _mark(nodes, frames[i])
+            activated += mark(nodes, frames[i])
     return activated

@@ -65,14 +65,15 @@ class Observations(ABC):
         self._flush_young(int(young.sum()))
         return young
 
-    def test_young(self, pages: Words) -> Mask:
+    def test_young(self, pages: Words, *, rmap: bool = True) -> Mask:
         """Read the accessed bits of ``pages`` (int64[n]) and leave them; bool[n].
 
         DAMON's look, idle checks; in KVM ``test_young``. Costs a reverse-map walk and a PTE each; flushes nothing.
+        ``rmap``: false if the caller knows where the PTEs are.
         """
         young = np.zeros(pages.size, np.bool_)
         ptes.test_young(self.meter.book, self._table, self._pde, pages, young)
-        self.meter.charge((self.costs.rmap_walk_ps + self.costs.scan_pte_ps) * pages.size)
+        self.meter.charge(((self.costs.rmap_walk_ps if rmap else 0) + self.costs.scan_pte_ps) * pages.size)
         return young
 
     def clear_young(self, pages: Words) -> Mask:

@@ -159,6 +159,25 @@ def frames(table: Words, pde: Pdes, pages: Words, out: Ints) -> None:
 
 
 @metered
+def note_time(table: Words, pde: Pdes, half: int, first: int, count: int, now: int, out: Words) -> None:
+    """``out[page] = now`` for the units in slow memory that are mapped and not under PROT_NONE."""
+    page, end = first, first + count
+    while page < end:
+        number = page >> TABLE_SHIFT
+        table_end = min(end, (number + 1) << TABLE_SHIFT)
+        if is_huge(pde, page):
+            head = number << TABLE_SHIFT
+            if page == head and (table[head] & PROTNONE) == 0 and frame_of(table[head]) >= half:
+                out[head] = now
+        elif pde[number] != 0:
+            for leaf in range(page, table_end):
+                entry = table[leaf]
+                if (entry & MAPPED) != 0 and (entry & PROTNONE) == 0 and frame_of(entry) >= half:
+                    out[leaf] = now
+        page = table_end
+
+
+@metered
 def unprotect(table: Words, pde: Pdes, pages: Words) -> None:
     """Make each page's unit accessible."""
     for page in pages:

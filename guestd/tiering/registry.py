@@ -4,7 +4,20 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 
-from guestd.tiering import bounds, hemem, heterovisor, hyperplace, memtis, none, oracle, raminate, tpp, vtmm
+from guestd.tiering import (
+    bounds,
+    hemem,
+    heterovisor,
+    hyperplace,
+    memtis,
+    nomad,
+    none,
+    oracle,
+    raminate,
+    tpp,
+    tpp_mainline,
+    vtmm,
+)
 from guestd.tiering.policy import PluginError, Policy
 from guestd.tiering.stage import Stage, with_stages
 
@@ -15,9 +28,11 @@ BUILT_IN = (
     bounds.ALL_FAST,
     oracle.POLICY,
     tpp.G_TPP,
+    tpp_mainline.POLICY,
     tpp.H_TPP,
     memtis.POLICY,
     hemem.POLICY,
+    nomad.POLICY,
     hyperplace.POLICY,
     heterovisor.POLICY,
     raminate.POLICY,

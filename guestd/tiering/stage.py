@@ -151,6 +151,8 @@ class Classifier(_StageBase):
 
     kind: Kind = "classifier"
     books = CLASSIFY
+    wants_ages = False
+    """It judges faults by `Evidence.age_ps`; a tracker that gives FAULT_AGES keeps the times for it."""
     migrator: "Migrator"
 
     def observe(self, evidence: Evidence) -> None:
@@ -247,12 +249,16 @@ class Staged(Tiering):
         self.tracker.classifier, self.tracker.migrator = self.classifier, self.migrator
         self.classifier.migrator = self.migrator
         self.migrator.classifier, self.migrator.tracker = self.classifier, self.tracker
-        self.reclaim_mark = self.migrator.reclaim_mark
         self.drains_at_context_switch = self.tracker.drains_at_context_switch
         self._stages: dict[str, _StageBase] = {
             "tracker": self.tracker, "classifier": self.classifier, "migrator": self.migrator,
         }  # fmt: skip
         self.by_definition = tuple(STAGES[stage.books] for stage in self._stages.values() if stage.never_sleeps)
+
+    @property
+    def reclaim_mark(self) -> int | None:  # type: ignore[override]
+        """The migrator's, which may change it at any time."""
+        return self.migrator.reclaim_mark
 
     def start(self) -> None:
         for stage in self._stages.values():

@@ -13,7 +13,7 @@ from guestd.mm.kswapd import Kswapd
 from guestd.mm.nodes import ACTIVE, FAST, INACTIVE, NO_PAGE, SLOW, WMARK_DEMOTE, WMARK_HIGH
 from guestd.params import Param
 from guestd.tiering.policy import Params, Policy
-from guestd.tiering.stage import FAULTS, Classifier, Evidence, Migrator, Stage, Tracker, composed
+from guestd.tiering.stage import FAULT_AGES, FAULTS, Classifier, Evidence, Migrator, Stage, Tracker, composed
 from guestd.tiering.view import PageView
 from proto.arrays import Mask, Words
 from proto.counters import C
@@ -58,8 +58,12 @@ class HintFaults(Tracker):
         self._period = 0
         self._faults_since_round = 0
         self._failed_since_round = 0
+        self._scanned_ps = np.zeros(0, np.int64)
+        """int64[pages], if the classifier asks for ages: when each was put under PROT_NONE; 0: not since it faulted."""
 
     def start(self) -> None:
+        if self.classifier.wants_ages:
+            self._scanned_ps = np.zeros(self.view.pages, np.int64)
         self.schedule("scan", self.view.now + int(self.params["scan_delay_ms"]) * PS_PER_MS)
 
     def on_timer(self, name: str) -> None:
@@ -77,6 +81,8 @@ class HintFaults(Tracker):
         left, skip = self._scan_pages, SKIP * self._scan_pages
         while left > 0 and skip > 0:
             count = min(left, self.view.pages - self._cursor)
+            if self._scanned_ps.size:
+                self.view.note_scan(self._cursor, count, self._scanned_ps)
             changed = self.view.protect(self._cursor, count)
             self._cursor += count
             skip -= count
@@ -118,46 +124,59 @@ class HintFaults(Tracker):
         self._faults_since_round += pages.size
         view.counters[C.vmstat__numa_hint_faults] += pages.size
         view.meter.charge(view.hint_fault_ps * pages.size)
-        wanted = self.classifier.on_faults(Evidence(view, pages=pages))
+        wanted = self.classifier.on_faults(Evidence(view, pages=pages, age_ps=self._ages(pages)))
         if wanted.any():
             self.migrator.on_faults(pages, wanted, cost)
         view.unprotect(pages)
         return cost
 
+    def _ages(self, pages: Words) -> Words | None:
+        """Time since each page was put under PROT_NONE (since 0 if that was not the scanner's doing)."""
+        if self._scanned_ps.size == 0:
+            return None
+        ages = self.view.now - self._scanned_ps[pages]
+        self._scanned_ps[pages] = 0
+        return ages
+
     def on_failed(self, pages: int) -> None:
         self._failed_since_round += pages
 
 
-class ActiveLru(Classifier):
-    """The kernel's two lists: a page is hot when it is on the active one at its hint fault."""
+class FaultRanked(Classifier):
+    """Wants pages of which a fault (or another access) says so, and gives up those that the kernel's LRU has last."""
 
     def __init__(self, view: PageView, params: Params) -> None:
         super().__init__(view, params)
         self._hot: list[Words] = []
-        """Pages that were found active since they were last asked for, in order of time."""
+        """Pages that were found hot since they were last asked for, in order of time."""
         self.kept = 0
         """How many entries that is."""
         self._distinct = 0
         """How many were left when equal ones were last dropped."""
 
+    def _wants(self, evidence: Evidence) -> Mask:
+        """Which of the accessed pages should be fast (bool[n]); none of them is -1."""
+        raise NotImplementedError
+
     def _observe(self, evidence: Evidence) -> None:
-        pages = np.unique(evidence.pages)
-        self._learn(pages[pages >= 0])
+        pages, first = np.unique(evidence.pages, return_index=True)
+        ages = evidence.age_ps
+        known = pages >= 0
+        self._on_faults(Evidence(self.view, pages=pages[known], age_ps=None if ages is None else ages[first[known]]))
 
     def _on_faults(self, evidence: Evidence) -> Mask:
-        return self._learn(evidence.pages)
+        wanted = self._wants(evidence)
+        self._keep(evidence.pages[wanted])
+        return wanted
 
-    def _learn(self, pages: Words) -> Mask:
-        frames = self.view.frames(pages)
-        wanted = self.view.mark_inactive_accessed(frames) if self.params["active_filter"] else frames != NO_PAGE
-        wanted &= frames != NO_PAGE
-        self._hot.append(pages[wanted])
-        self.kept += self._hot[-1].size
+    def _keep(self, pages: Words) -> None:
+        """These are hot now."""
+        self._hot.append(pages)
+        self.kept += pages.size
         # A migrator that promotes in the fault never asks.
         if self.kept > 2 * self._distinct + _UNSORTED:
             self._hot = [self._distinct_hot()]
             self.kept = self._distinct = self._hot[0].size
-        return wanted
 
     def _distinct_hot(self) -> Words:
         hot = np.concatenate([*self._hot, np.zeros(0, np.int64)])
@@ -191,6 +210,15 @@ class ActiveLru(Classifier):
         return self.view.active_pages()
 
 
+class ActiveLru(FaultRanked):
+    """The kernel's two lists: a page is hot when it is on the active one at its hint fault."""
+
+    def _wants(self, evidence: Evidence) -> Mask:
+        frames = self.view.frames(evidence.pages)
+        wanted = self.view.mark_inactive_accessed(frames) if self.params["active_filter"] else frames != NO_PAGE
+        return wanted & (frames != NO_PAGE)
+
+
 class InFault(Migrator):
     """Promotes in the hint fault, demotes by kswapd (mm/migrate.c, numamigrate_isolate_page; mm/vmscan.c)."""
 
@@ -198,7 +226,14 @@ class InFault(Migrator):
 
     def __init__(self, view: PageView, params: Params) -> None:
         super().__init__(view, params)
-        self._kswapd = Kswapd(view, WMARK_DEMOTE, protect=True)
+        self._kswapd = self._new_kswapd()
+
+    def _new_kswapd(self) -> Kswapd:
+        return Kswapd(self.view, WMARK_DEMOTE, protect=True)
+
+    def _keep(self) -> int:
+        """Frames that a promotion leaves free on the fast node."""
+        return self.view.watermark(FAST, WMARK_HIGH)
 
     def on_faults(self, pages: Words, wanted: Mask, cost_ps: Words) -> None:
         view = self.view
@@ -209,7 +244,7 @@ class InFault(Migrator):
             before_demoted = view.was_demoted(view.frames(pages[candidates]))
             view.counters[C.vmstat__pgpromote_candidate_demoted] += int(sizes[before_demoted].sum())
             before = view.now
-            moved = view.move(pages[candidates], FAST, view.watermark(FAST, WMARK_HIGH), sync=True)
+            moved = view.move(pages[candidates], FAST, self._keep(), sync=True)
             promoted = int(sizes[moved].sum())
             view.counters[C.vmstat__pgpromote_success] += promoted
             view.counters[C.vmstat__numa_pages_migrated] += promoted
@@ -229,7 +264,7 @@ HINT_FAULTS = Stage(
     source="kernel/sched/fair.c, mm/memory.c",
     create=HintFaults,
     params=SCAN_PARAMS,
-    gives=frozenset({FAULTS}),
+    gives=frozenset({FAULTS, FAULT_AGES}),
     warm_up={"scan_delay_ms": 0, "scan_period_min_ms": 1, "scan_size_mb": 4, "adapt_scan_period": False},
     min_run_ps=lambda params: int(params["scan_delay_ms"]) * PS_PER_MS,
 )

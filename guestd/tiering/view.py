@@ -112,6 +112,14 @@ class PageView(Observations):
         """Work that as many threads share, each on a vCPU of its own. A guest's view only."""
         raise NotImplementedError
 
+    def note_scan(self, first: int, count: int, scanned_ps: Words) -> None:
+        """Note the time in ``scanned_ps`` (int64[pages]) for each unit that `protect` of the same range will change.
+
+        Linux keeps it in the page's cpupid field (mm/mprotect.c, xchg_page_access_time), as part of changing its PTE.
+        """
+        count = self._clip(first, count)
+        ptes.note_time(self.meter.book, self._table, self._pde, self._half, first, count, self.now, scanned_ps)
+
     def unprotect(self, pages: Words) -> None:
         """Take PROT_NONE off pages (a fault resolves it; no flush is needed)."""
         ptes.unprotect(self.meter.book, self._table, self._pde, pages)

@@ -15,6 +15,7 @@ from guestd import mmu_lock, pebs, vcpu
 from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI, REACHED
 from guestd.machine import Machine, S
 from guestd.tiering import policy
+from guestd.transaction import READ_ONLY, VCPU_SHIFT
 from proto.counters import C
 from proto.entry import (
     ACCESSED,
@@ -25,6 +26,7 @@ from proto.entry import (
     HUGE,
     PRESENT,
     PROTNONE,
+    SHADOWED,
     STAMP_PAGE_SHIFT,
     STAMP_VERSION_MASK,
     TABLE_SEEN_MASK,
@@ -32,7 +34,7 @@ from proto.entry import (
     WRITABLE,
     YOUNG,
 )
-from proto.layout import OP_FLUSH, OP_HARVEST, OP_STALL, OP_SWAP, OP_ZAP
+from proto.layout import OP_FLUSH, OP_HARVEST, OP_STALL, OP_SWAP, OP_TRANSACTION_BEGIN, OP_TRANSACTION_END, OP_ZAP
 from proto.trace import LLC_HIT, LOAD, STORE
 from tests.guestd.reference_mmu import Mmu, Tables, frame_of, new_mmu
 
@@ -402,7 +404,7 @@ class Reference:
 
     def _due(self, op: Operation) -> int:
         """When it is executed: it waits for mmu_lock first."""
-        wait = self._lock(op.time, 0) if op.kind != OP_STALL else 0
+        wait = 0 if op.kind in (OP_STALL, OP_TRANSACTION_BEGIN, OP_TRANSACTION_END) else self._lock(op.time, 0)
         return max(op.time, min(op.time + wait, self.end_ps))
 
     def _slice(self, index: int, until: int) -> int:
@@ -442,7 +444,10 @@ class Reference:
     # -- the host -----------------------------------------------------------------------------------------------
 
     def operate(self, op: Operation) -> None:
-        """Execute one host operation."""
+        """Execute one operation of the host or the guest's own kernel."""
+        if op.kind in (OP_TRANSACTION_BEGIN, OP_TRANSACTION_END):
+            self._copy(op)
+            return
         if op.kind == OP_STALL:
             cpu = self.vcpus[op.a]
             lasts = op.b
@@ -484,6 +489,30 @@ class Reference:
             self.ept[op.a] = (self.ept[op.a] & ~FRAME_MASK & ~PROTNONE) | op.b << FRAME_SHIFT | op.flags
             self.budget[0][source >= self.tables.slow_frames] -= 4096
             self.budget[1][op.b >= self.tables.slow_frames] -= 4096
+
+    def _copy(self, op: Operation) -> None:
+        """A step of a copy of a page that stays mapped."""
+        entry = self.gpt[op.a]
+        if op.kind == OP_TRANSACTION_BEGIN:
+            self.gpt[op.a] = entry & ~DIRTY
+        else:
+            source = frame_of(entry)
+            if entry & DIRTY or not self.ept[source] & PRESENT or not self.ept[op.b] & PRESENT:
+                return
+            self.stamps[frame_of(self.ept[op.b])] = self.stamps[frame_of(self.ept[source])]
+            for gpfn, bits in ((op.b, ACCESSED | DIRTY), (source, ACCESSED)):
+                huge = self.tables.ept_pde[gpfn // 512] & HUGE
+                old = self.tables.ept_pde[gpfn // 512] if huge else self.ept[gpfn]
+                if bits & DIRTY and not old & DIRTY:
+                    self._log(self.vcpus[op.flags >> VCPU_SHIFT], gpfn, useless=False)
+                if huge:
+                    self.tables.ept_pde[gpfn // 512] |= bits
+                else:
+                    self.ept[gpfn] |= bits
+            entry = entry & ~(FRAME_MASK | ACCESSED | DIRTY) | op.b << FRAME_SHIFT
+            self.gpt[op.a] = entry & ~WRITABLE | SHADOWED if op.flags & READ_ONLY else entry
+        for cpu in self.vcpus:
+            cpu.mmu.invlpg(op.a)
 
     def _harvest(self, now: int, clear_ps: int) -> None:
         if not self.dirty and not any(cpu.log for cpu in self.vcpus):

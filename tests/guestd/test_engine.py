@@ -19,6 +19,7 @@ from guestd.machine import Machine, S
 from guestd.pebs import P_INTERRUPT, P_MAXIMUM, Pebs
 from guestd.tiering.policy import Sampling
 from guestd.tiering.registry import policies
+from guestd.transaction import READ_ONLY, VCPU_SHIFT
 from proto.config import HostKernel, Scalar
 from proto.costs import Costs
 from proto.counters import C
@@ -32,7 +33,17 @@ from proto.entry import (
     STAMP_PAGE_SHIFT,
     WRITABLE,
 )
-from proto.layout import OP_FLUSH, OP_HARVEST, OP_MOVE, OP_STALL, OP_SWAP, OP_ZAP, OPERATION
+from proto.layout import (
+    OP_FLUSH,
+    OP_HARVEST,
+    OP_MOVE,
+    OP_STALL,
+    OP_SWAP,
+    OP_TRANSACTION_BEGIN,
+    OP_TRANSACTION_END,
+    OP_ZAP,
+    OPERATION,
+)
 from proto.trace import LLC_HIT, LOAD, MODIFY, STORE
 from proto.units import PS_PER_MS, PS_PER_S
 from tests.guestd.machines import GPA_PAGES, SLOTS, TABLES, bare_machine, guest_config, run_guest, small_costs
@@ -68,7 +79,7 @@ class Segment(NamedTuple):
     guest: list[tuple[str, int]]
 
 
-HOST_OPERATIONS = (OP_FLUSH, OP_ZAP, OP_MOVE, OP_SWAP, OP_STALL, OP_HARVEST)
+OPERATIONS = (OP_FLUSH, OP_ZAP, OP_MOVE, OP_SWAP, OP_STALL, OP_HARVEST, OP_TRANSACTION_BEGIN, OP_TRANSACTION_END)
 MOVES = ("move", "move unflushed", "age", "protect", "read-only")
 INVALIDATIONS = ("invlpg", "mov_cr3", "invpcid", "invvpid", "invept")
 
@@ -80,7 +91,7 @@ def segments(vcpus: int) -> st.SearchStrategy[Segment]:
         duration_ns=st.integers(1, 30_000),
         accesses=st.lists(st.binary(min_size=30, max_size=300), min_size=vcpus, max_size=vcpus),
         host=st.lists(
-            st.tuples(st.integers(0, 30_000), st.sampled_from(HOST_OPERATIONS),
+            st.tuples(st.integers(0, 30_000), st.sampled_from(OPERATIONS),
                       st.integers(0, 255), st.booleans()),
             max_size=6,
         ),
@@ -304,7 +315,7 @@ class Pair:
         self.machine.gpt[:], self.machine.ept[:] = tables.gpt, tables.ept
 
     def operations(self, segment: Segment, until: int) -> list[Operation]:
-        """Host operations of the segment, in order of time; those that no spare frame is left for are left out."""
+        """Operations of the segment, in order of time; those that no spare frame is left for are left out."""
         found = []
         for when, kind, which, protnone in segment.host:
             time = min(until, self.reference.now + when * 1000)
@@ -318,6 +329,10 @@ class Pair:
                 found.append(Operation(time, kind, 0, gpfn, other, hold, busy))
             elif kind == OP_STALL:
                 found.append(Operation(time, kind, 0, which % len(self.reference.vcpus), 5_000 * which))
+            elif kind in (OP_TRANSACTION_BEGIN, OP_TRANSACTION_END):
+                page = SMALL[which % len(SMALL)]
+                flags = which % len(self.reference.vcpus) << VCPU_SHIFT | (READ_ONLY if protnone else 0)
+                found.append(Operation(time, kind, flags, page, HOME[page] + which % 2 * MOVED))
             elif kind == OP_ZAP and which % 4 == 3:
                 found.append(
                     Operation(time, kind, 0, GPA_PAGES + which // 4 % (2 * len(self.reference.vcpus)), 1, hold, busy)

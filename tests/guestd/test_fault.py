@@ -220,7 +220,7 @@ def test_a_batch_takes_as_many_huge_pages_as_it_has_room_for(costs: Costs) -> No
     thp = Thp(space.whole_tables(), 7, False)
     none = np.zeros(0, np.uint8)
     for already, expected in ((0, HUGE_BATCH), (HUGE_BATCH, 3)):
-        collect(machine, 0, 64, guest.nodes, none, FAST, 1, thp, batch)
+        collect(machine, 0, 64, guest.nodes, none, FAST, 1, 2, thp, batch)
         mapped = np.flatnonzero(machine.tables.upper[: space.tables] & HUGE)
         assert mapped.size == already + expected
         fresh = batch.fresh[: batch.counts[2]]
@@ -251,7 +251,7 @@ def test_a_protected_huge_page_is_one_hint_at_its_first_access(costs: Costs) -> 
         assert view.protect(int(head), 512) == 512
     touch_pages(machine, 0, [int(heads[0]) + 9, int(heads[1]) + 1, int(heads[0]) + 8, int(heads[0])])
     batch = new_batch(8)
-    collect(machine, 0, 8, guest.nodes, np.zeros(0, np.uint8), FAST, 1, Thp(np.zeros(0, np.uint8), 7, False), batch)
+    collect(machine, 0, 8, guest.nodes, np.zeros(0, np.uint8), FAST, 1, 2, Thp(np.zeros(0, np.uint8), 7, False), batch)
     assert batch.hint_page[: batch.counts[0]].tolist() == heads.tolist()
     assert batch.hint_position[: batch.counts[0]].tolist() == [0, 1]
     assert not (machine.tables.upper & QUEUED).any() and not (machine.gpt & QUEUED).any()

@@ -166,7 +166,7 @@ def test_lists_and_frames_survive_any_operations(operations: list[tuple[str, int
 @pytest.mark.parametrize("preferred", [FAST, SLOW])
 def test_allocation_order_is_low_here_low_there_min_here_min_there(preferred: int) -> None:
     nodes = new_nodes(SPAN, SPAN, SPAN)
-    nodes.watermark[:] = [[2, 5, 8, 16], [3, 7, 9, 16]]
+    nodes.watermark[:] = [[2, 5, 8, 16, 11], [3, 7, 9, 16, 11]]
     order = []
     while (frame := allocate(nodes, preferred)) != NO_PAGE:
         order.append(frame // SPAN)
@@ -188,16 +188,16 @@ def test_take_free_leaves_what_is_to_be_kept() -> None:
 
 @pytest.mark.parametrize("gib", [1, 2, 8])
 def test_watermarks_are_those_of_linux(gib: int) -> None:
-    """min_free_kbytes = 4 sqrt(KiB), at most 256 MiB, shared by size; low and high a gap above; WMARK_DEMOTE 2 %."""
+    """min_free_kbytes = 4 sqrt(KiB), at most 256 MiB, by size; low, high, PROMO a gap above each other; DEMOTE 2 %."""
     pages = gib << 18
     fast, slow = pages // 5, pages - pages // 5
     nodes = new_nodes(pages, fast, slow)
     min_free = min(4 * (pages * 4) ** 0.5, 262144) / 4
     for node, managed in ((FAST, fast), (SLOW, slow)):
-        minimum, low, high, demote = nodes.watermark[node].tolist()
+        minimum, low, high, demote, promo = nodes.watermark[node].tolist()
         assert minimum == pytest.approx(min_free * managed / pages, abs=2)
         gap = max(minimum // 4, managed // 1000)
-        assert (low, high) == (minimum + gap, minimum + 2 * gap)
+        assert (low, high, promo) == (minimum + gap, minimum + 2 * gap, minimum + 3 * gap)
         assert demote == pytest.approx(managed * 0.02, abs=1)
         assert nodes.watermark[node, WMARK_HIGH] < nodes.watermark[node, WMARK_DEMOTE]
 

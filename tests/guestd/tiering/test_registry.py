@@ -9,8 +9,8 @@ from guestd.tiering import registry
 from guestd.tiering.policy import PluginError, Policy
 
 BUILT_IN = {
-    "none", "all-fast", "all-slow", "oracle", "g-tpp", "h-tpp", "memtis", "hemem", "hyperplace", "heterovisor",
-    "raminate", "vtmm",
+    "none", "all-fast", "all-slow", "oracle", "g-tpp", "tpp-mainline", "h-tpp", "memtis", "hemem", "nomad",
+    "hyperplace", "heterovisor", "raminate", "vtmm",
 }  # fmt: skip
 
 
