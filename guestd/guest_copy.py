@@ -102,6 +102,12 @@ class Copies(CopyView):
 
     def keep_shadows(self) -> None:
         self.shadows = new_shadows(self.nodes)
+        # Compiled before the VM runs: whether memory runs short or a clean page goes back, no short run can tell.
+        book, none = np.zeros_like(self.meter.book), np.zeros(0, np.int32)
+        take_shadows(book, self.shadows, none, none)
+        drop_shadows(book, self.shadows, self.nodes, none)
+        reclaim_shadows(book, self.shadows, self.nodes, 0)
+        _map_shadows(book, self._table, self.nodes, none.astype(np.int64), none, none, 0)
 
     def take_operations(self) -> npt.NDArray[np.void] | None:
         """Steps that the engine has to execute from now on instead of those before (OPERATION[n]); None: no change."""

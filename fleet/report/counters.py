@@ -6,8 +6,7 @@ from fleet.report.figure import NO_MARKER, Absent, Axis, Figure, Kind, Look, Ser
 from fleet.report.subject import Subject
 
 INSTRUCTIONS = (
-    "invlpg", "invpcid_0", "invpcid_1", "invpcid_2", "invpcid_3", "mov_cr3", "invvpid_addr", "invvpid_ctx",
-    "invept_single", "invept_global",
+    "invlpg", "invpcid_0", "mov_cr3", "invvpid_ctx", "invept_global",
 )  # fmt: skip
 PERCENTILES = ("p50", "p90", "p99")
 _MIB = 1 << 20
