@@ -29,6 +29,11 @@ class Vma(NamedTuple):
     start: int
     pages: int
 
+    @property
+    def heap(self) -> bool:
+        """It lies where Linux puts heaps, far below all that is mapped."""
+        return self.start < _MMAP_TOP - 2 * (_RANDOM_PAGES << PAGE_SHIFT) - (MAX_PAGES << PAGE_SHIFT)
+
 
 class AddressSpace:
     """VMAs and their leaf tables.

@@ -31,7 +31,6 @@ from guestd.fault import (
     verify,
 )
 from guestd.guest_view import EptFaultCall, GuestView
-from guestd.hotness import placement_by_heat
 from guestd.kvm import ept_changed, vm_exit
 from guestd.machine import S, new_machine
 from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter
@@ -40,6 +39,7 @@ from guestd.mm.nodes import FAST, WMARK_LOW, new_nodes
 from guestd.operations import Operations
 from guestd.params import resolve
 from guestd.perf_events import PerfEvents
+from guestd.placement import preferred
 from guestd.report import Snapshot, build_report, huge_pages, progress
 from guestd.threads import Threads, null_activation_ns
 from guestd.tiering.policy import Tiering, with_needs
@@ -71,7 +71,7 @@ from proto.counters import C
 from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
 from proto.layout import OPERATION, VmMemory
 from proto.messages import Advance, Tick
-from proto.units import PAGE_SHIFT, PS_PER_S, TABLE_PAGES
+from proto.units import PAGE_SHIFT, PS_PER_S
 
 FOREVER = 1 << 62
 FAULTS_A_MESSAGE = 1 << 16
@@ -109,13 +109,8 @@ class Guest:
         self.view.program_pmu = self.perf.program
         # A host-side policy runs in the host; here the guest manages nothing.
         self.tiering = Tiering(self.view, params) if host_side else self.policy.create(self.view, params)
-        heat = self.workload.heat() if self.policy.places_by_heat else None
-        self._prefer = np.zeros(0, np.uint8)
-        if heat is not None:
-            capacity = config.fast_pages - int(self.nodes.watermark[FAST, WMARK_LOW]) - self.machine.tables.upper.size
-            # Of a huge page the whole goes where its first access says, so there whole tables compete.
-            unit = TABLE_PAGES if config.kernel.thp == "always" else 1
-            self._prefer = placement_by_heat(heat.reshape(-1, unit).sum(axis=1), capacity // unit).repeat(unit)
+        capacity = config.fast_pages - int(self.nodes.watermark[FAST, WMARK_LOW]) - self.machine.tables.upper.size
+        self._prefer = preferred(self.policy, self.workload, capacity, config.kernel.thp == "always")
         self.watch = Watch(self)
         self._batch = new_batch(config.engine.block)
         kernel, costs = config.kernel, config.costs
@@ -207,7 +202,8 @@ class Guest:
             price_walks(machine.price, self.config.costs, used, message.llc_bytes, machine.latency_ps,
                         huge_pages(self))
         )  # fmt: skip
-        if self._host_scans:
+        self.view.host_scan.hear(message)
+        if self._host_scans or message.scanned:
             ept_changed(machine)
         self.operations.of_host(np.frombuffer(message.operations, OPERATION))
         while self.now < until and not self.finished:
@@ -236,6 +232,7 @@ class Guest:
             counters=machine.counters.tobytes(),
             agent_cpu_s=self._threads.agent_cpu_ns() / 1e9,
             bandwidth_demand=(before - machine.budget).tobytes(),
+            scan_list=self.view.host_scan.take_list(),
         )
 
     # -- vCPU thread --------------------------------------------------------------------------------------------

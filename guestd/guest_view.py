@@ -19,6 +19,7 @@ from guestd.machine import Machine
 from guestd.meter import MIGRATE, TASK, Meter, metered
 from guestd.mm.nodes import FAST, NO_PAGE, Nodes, allocate, give_all_free, give_free
 from guestd.pml import set_accessed, set_dirty
+from guestd.tiering.host_scan import HostScan
 from guestd.tiering.pages import Pdes, expand, frame_of
 from guestd.tiering.radix import radix_of
 from guestd.transaction import unshadowed
@@ -170,6 +171,7 @@ class GuestView(Copies):
         self._events = events
         self._ept_fault = ept_fault
         self.flush = TlbFlush(machine, config.kernel, config.costs, meter)
+        self.host_scan = HostScan()
 
     def pages_at(self, addresses: Words) -> Words:
         out = np.empty(addresses.size, np.int64)

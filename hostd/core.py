@@ -113,6 +113,9 @@ class HostCore:
             raise RefusedMessage(f"a tick for {message.time_ps} ps; the barrier of this VM is at {self._until_ps} ps")
         if len(message.counters) != 8 * COUNTERS or len(message.bandwidth_demand) != 8 * 4:
             raise RefusedMessage(f"counters must be int64[{COUNTERS}] and bandwidth_demand int64[4]")
+        if len(message.scan_list) % 16:
+            raise RefusedMessage("scan_list must be int64[n, 2]")
+        self.vms[vm].take_list(np.frombuffer(message.scan_list, np.int64).reshape(-1, 2))
         self.vms[vm].heard(message.phase, np.frombuffer(message.counters, np.int64))
         demand = np.frombuffer(message.bandwidth_demand, np.int64)
         self._contention.settle(vm, demand, self.vms[vm].take_traffic())
@@ -167,8 +170,10 @@ class HostCore:
         out: Out = []
         for vm in running:
             operations = self.vms[vm].prepare(self._now_ps, self._until_ps)
+            scanned, scanned_ps = self.vms[vm].scanned
             advance = Advance(until_ps=self._until_ps, latency_ps=latencies, bandwidth_budget=budgets[vm],
-                              llc_bytes=llc[vm], operations=operations)  # fmt: skip
+                              llc_bytes=llc[vm], operations=operations, scanned=scanned,
+                              scanned_ps=scanned_ps)  # fmt: skip
             out.append((vm, advance))
         self._note_peak()
         return out

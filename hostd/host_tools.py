@@ -6,15 +6,16 @@ works for as long as the pause lasts, but for `vm_pause`, in which it waits.
 
 import numpy as np
 
+from guestd.meter import metered
 from guestd.mm.nodes import F_BUSY, FAST
 from guestd.tiering import units
 from guestd.tiering.host_help import HostHelp
-from guestd.tiering.pages import expand
+from guestd.tiering.pages import Pdes, expand, is_huge
 from hostd.host_view import HostView, take_bitmap
-from proto.arrays import Ints, Mask, Words
+from proto.arrays import Bytes, Ints, Mask, Words
 from proto.costs import copy_ps
 from proto.counters import C
-from proto.entry import HUGE
+from proto.entry import ACCESSED, HUGE, YOUNG
 from proto.layout import (
     NARROW,
     OP_COPY,
@@ -26,7 +27,37 @@ from proto.layout import (
     W_VISITED,
     W_YOUNG,
 )
-from proto.units import PAGE_SHIFT
+from proto.units import PAGE_SHIFT, TABLE_SHIFT
+
+
+@metered
+def _scan_list(ept: Words, pde: Pdes, ranges: Words, bits: Bytes) -> tuple[int, int]:
+    """See `HostTools.scan_list`; (A bits that were set, entries looked at)."""
+    at = found = visited = 0
+    huge, young = -1, False
+    for i in range(ranges.shape[0]):
+        for page in range(ranges[i, 0], ranges[i, 0] + ranges[i, 1]):
+            number = page >> TABLE_SHIFT
+            if is_huge(pde, page):
+                # One entry, however many ranges name pages of it.
+                if number != huge:
+                    head = number << TABLE_SHIFT
+                    young = (pde[number] & ACCESSED) != 0 or (ept[head] & YOUNG) != 0
+                    pde[number] &= ~ACCESSED
+                    ept[head] &= ~YOUNG
+                    huge = number
+                    visited += 1
+                    found += 1 if young else 0
+                accessed = young
+            else:
+                visited += 1
+                accessed = (ept[page] & (ACCESSED | YOUNG)) != 0
+                ept[page] &= ~(ACCESSED | YOUNG)
+                found += 1 if accessed else 0
+            if accessed:
+                bits[at >> 3] |= 1 << (at & 7)
+            at += 1
+    return found, visited
 
 
 class HostTools(HostView, HostHelp):
@@ -76,6 +107,19 @@ class HostTools(HostView, HostHelp):
         self.meter.charge(self.costs.scan_pte_ps * int(self._walk[W_VISITED, 0]))
         self._walk[W_VISITED, 0] = 0
         return out[:count].copy()
+
+    def scan_list(self, ranges: Words) -> Bytes:
+        """Read and clear the A bits of a guest's list of gPA ranges (int64[n, 2]: first, count; rising, disjoint).
+
+        A bit a page in the list's order, the lowest of a byte first (uint8[pages / 8, rounded up]); of a huge page each
+        page that is listed. HeteroOS (ISCA'17). Costs a PTE an entry looked at, and one flush request if any was set.
+        """
+        bits = np.zeros(-(-int(ranges[:, 1].sum()) // 8), np.uint8)
+        found, visited = _scan_list(self.meter.book, self._table, self._pde, ranges, bits)
+        self.meter.charge(self.costs.scan_pte_ps * visited)
+        if found:
+            self._flush_scanned()
+        return bits
 
     # -- copies ahead of a migration ------------------------------------------------------------------------------
 

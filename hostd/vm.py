@@ -16,7 +16,7 @@ import numpy as np
 
 from guestd.events import EventLog
 from guestd.jit import kernel
-from guestd.meter import HOST_THREAD, TASK, Meter
+from guestd.meter import HOST_THREAD, TASK, TRACK, Meter
 from guestd.mm.nodes import FAST, new_nodes
 from guestd.params import resolve
 from guestd.tiering.pages import expand
@@ -32,6 +32,7 @@ from proto.config import GuestConfig, launch_ps
 from proto.counters import C, Counters, new_counters, split
 from proto.entry import FRAME_MASK, FRAME_SHIFT, HUGE
 from proto.layout import VmMemory, gpa_pages
+from proto.messages import MOST_LISTED
 from proto.units import PAGE_SIZE, PS_PER_S, TABLE_PAGES
 
 
@@ -82,6 +83,9 @@ class Vm:
         self._next_tick_ps = config.start_ps + self._tick_ps
         self.until_ps = 0
         """End of the quantum that the VM is in."""
+        self._scan_list: Words = np.zeros((0, 2), np.int64)
+        self.scanned: tuple[bytes, int] = (b"", 0)
+        """The answer to the last list, and when the host was through with it, ps; empty if there was no list."""
         self._reclaim_end_ps = 0
         """kswapd is one thread: no tick wakes it before it is through with what it began."""
         self._events = EventLog(config.events_path if self.flat else "", config.vm)
@@ -193,7 +197,8 @@ class Vm:
         if self.flat and until_ps // sample_ps > now_ps // sample_ps:
             self._publish_hot_set()
         self.backed_pages = max(self.backed_pages, sum(self.used()))
-        if now_ps < self.config.start_ps or not (self.flat or self._threads):
+        self._scan(now_ps)
+        if now_ps < self.config.start_ps or not (self.flat or self._threads or self.view.operations):
             return b""
         for thread in self._threads:
             thread.settle(now_ps)
@@ -205,6 +210,32 @@ class Vm:
         for thread in self._threads:
             thread.run(now_ps, until_ps)
         return self.view.take_operations(until_ps)
+
+    def take_list(self, ranges: Words) -> None:
+        """The guest's list of gPA ranges to scan at this barrier (int64[n, 2]: first, count; n = 0: none).
+
+        Raises RefusedMessage, having changed nothing.
+        """
+        limit = self.config.total_pages if self.flat else gpa_pages(self.config.total_pages)
+        first, count = ranges[:, 0], ranges[:, 1]
+        inside = ((first >= 0) & (first < limit) & (count > 0) & (count <= limit)).all()
+        if not inside or (first + count > limit).any() or (first[1:] < (first + count)[:-1]).any():
+            raise RefusedMessage(f"scan_list: rising, disjoint ranges of this VM's gPA frames, 0 to {limit - 1}")
+        if int(count.sum()) > MOST_LISTED:
+            raise RefusedMessage(f"scan_list: {int(count.sum())} pages are more than the {MOST_LISTED} of a list")
+        self._scan_list = ranges
+
+    def _scan(self, now_ps: int) -> None:
+        """A thread of the host scans the guest's list, and nothing else (HeteroOS)."""
+        self.scanned = b"", 0
+        if self._scan_list.size:
+            began = time.thread_time_ns()
+            self.meter.now = now_ps
+            with self.meter.stage(TRACK):
+                bits = self.view.scan_list(self._scan_list)
+            self.scanned = bits.tobytes(), self.meter.now
+            self._scan_list = self._scan_list[:0]
+            self.cpu_ns += time.thread_time_ns() - began
 
     def _publish_hot_set(self) -> None:
         """At the barrier before the one at which the emulator compares it with the truth."""

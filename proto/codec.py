@@ -108,6 +108,7 @@ def _check_to_host(message: ToHost) -> None:
             _time(message.time_ps)
             _length(message.counters, COUNTERS * _WORD, "counters")
             _length(message.bandwidth_demand, 4 * _WORD, "bandwidth_demand")
+            _whole(message.scan_list, 2 * _WORD, "scan_list")
             if not (0.0 <= message.progress <= 1.0 and math.isfinite(message.agent_cpu_s)):
                 raise DecodeError("progress is a share from 0 to 1 and agent_cpu_s a finite number of seconds")
         case Bye():

@@ -15,6 +15,11 @@ VERSION = 1
 MAX_MESSAGE = 1 << 20
 """Longest message in bytes, either way."""
 
+MOST_RANGES = 1 << 14
+"""Most ranges of a list for the host to scan."""
+MOST_LISTED = 1 << 20
+"""Most gPA pages that such a list may name in all."""
+
 Time = Annotated[int, Meta(ge=0)]
 Array = Annotated[bytes, Meta(max_length=MAX_MESSAGE - 4096)]
 
@@ -55,6 +60,9 @@ class Tick(Message, tag="tick", frozen=True):
     """Measured CPU of the agent so far (never feeds back into virtual time)."""
     bandwidth_demand: Array
     """int64[4]: bytes asked for in this quantum: fast read, slow read, fast write, slow write."""
+    scan_list: Annotated[bytes, Meta(max_length=16 * MOST_RANGES)] = b""
+    """int64[n, 2]: ranges of gPA pages (first, count) whose A bits the host is to read and clear now; rising, disjoint,
+    of `MOST_LISTED` pages in all. The next `Advance` answers."""
 
 
 class Bye(Message, tag="bye", frozen=True):
@@ -94,6 +102,10 @@ class Advance(Message, tag="advance", frozen=True):
     """This VM's share of the host's last-level cache in the quantum."""
     operations: Array
     """`proto.layout.OPERATION` records in order of time: what host threads do to this VM in the quantum."""
+    scanned: Annotated[bytes, Meta(max_length=MOST_LISTED // 8)] = b""
+    """A bit for each page of `Tick.scan_list`, in its order, the lowest of a byte first: it was accessed."""
+    scanned_ps: Time = 0
+    """When the host is through with the list."""
 
 
 class Stop(Message, tag="stop", frozen=True):

@@ -149,6 +149,8 @@ class Policy:
     """It needs the log of dirty pages (PML), and harvests it itself: it is on for its VMs, whatever the host says."""
     places_by_heat: bool = False
     """First touch puts the workload's truly hot pages on the fast node (the oracle)."""
+    places_by_type: bool = False
+    """First touch puts page tables, then heaps, then what else is mapped on the fast node, as far as it goes."""
     defaults: Params = field(default_factory=dict)
     """Its own defaults for parameters of its stages."""
     parts: Mapping[Any, Any] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from guestd.tiering import (
     bounds,
     hemem,
+    heteroos,
     heterovisor,
     hyperplace,
     memtis,
@@ -35,6 +36,7 @@ BUILT_IN = (
     nomad.POLICY,
     hyperplace.POLICY,
     heterovisor.POLICY,
+    heteroos.POLICY,
     raminate.POLICY,
     vtmm.POLICY,
 )

@@ -14,8 +14,22 @@ from hostd.errors import RefusedMessage
 from proto.config import GuestConfig, Scalar
 from proto.costs import Costs
 from proto.counters import COUNTERS, C, new_counters, split
-from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
-from proto.messages import Advance, Bye, EptFault, Failed, Hello, Mapped, Stop, Tick, ToGuest, ToHost, Welcome
+from proto.entry import ACCESSED, FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
+from proto.layout import OP_FLUSH, OPERATION
+from proto.messages import (
+    MOST_LISTED,
+    Advance,
+    Bye,
+    EptFault,
+    Failed,
+    Hello,
+    Mapped,
+    Stop,
+    Tick,
+    ToGuest,
+    ToHost,
+    Welcome,
+)
 from proto.units import PS_PER_MS, PS_PER_S
 from tests.small_fleet import ENGINE, LLC_BYTES, small_guest, small_host
 
@@ -32,6 +46,12 @@ def fault(gpfns: list[int], time_ps: int = 0) -> EptFault:
 def tick(time_ps: int, phase: str = "run", demand: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tick:
     return Tick(time_ps=time_ps, phase=phase, progress=0.5, counters=new_counters().tobytes(), agent_cpu_s=0.0,
                 bandwidth_demand=struct.pack("<4q", *demand))  # fmt: skip
+
+
+def listed(ranges: list[list[int]], cut: int = 0) -> Tick:
+    """A tick with a list of gPA ranges to scan."""
+    data = np.array(ranges, np.int64).tobytes()
+    return msgspec.structs.replace(tick(QUANTUM), scan_list=data[: len(data) - cut])
 
 
 def report(vm: int = 0) -> dict[str, Any]:
@@ -129,6 +149,13 @@ REFUSED: dict[str, Callable[[], ToHost]] = {
     "too few counters": lambda: msgspec.structs.replace(tick(QUANTUM), counters=bytes(8 * COUNTERS - 8)),
     "counters of odd length": lambda: msgspec.structs.replace(tick(QUANTUM), counters=bytes(13)),
     "too much demand": lambda: msgspec.structs.replace(tick(QUANTUM), bandwidth_demand=bytes(40)),
+    "half a range to scan": lambda: listed([[0, 1]], cut=8),
+    "a range of nothing": lambda: listed([[0, 0]]),
+    "a negative range": lambda: listed([[-1, 2]]),
+    "a range beyond memory": lambda: listed([[2 * PAGES - 1, 2]]),
+    "a range beyond all numbers": lambda: listed([[5, (1 << 63) - 1]]),
+    "ranges that overlap": lambda: listed([[3, 4], [6, 2]]),
+    "ranges that fall": lambda: listed([[9, 1], [3, 1]]),
     "bye before the end": bye,
 }
 
@@ -343,3 +370,37 @@ def test_the_hosts_own_work_for_a_vm_is_added_to_its_report(costs: Costs) -> Non
     by_vm = made.core.host_report({"total_s": 1.0, "by_vm": {0: 0.25}})["cpu"]["by_vm"]
     assert by_vm[0]["measured_s"] == 0.25
     assert by_vm[0]["modelled_s"] == cpu["modelled_s"]["total"]
+
+
+def test_a_list_is_scanned_at_the_barrier_and_answered_with_the_next_quantum(fleet: Callable[..., Fleet],
+                                                                             costs: Costs) -> None:  # fmt: skip
+    made = fleet()
+    made.all_hello()
+    made.core.receive(0, fault([3, 4, 5, PAGES + 1, PAGES + 2]))
+    ept = made.memory[0].ept
+    ept[[3, 5, PAGES + 2]] |= ACCESSED
+    made.core.receive(0, listed([[4, 2], [PAGES + 1, 2]]))
+    answers = dict(made.core.receive(1, tick(QUANTUM)))
+    mine, other = answers[0], answers[1]
+    assert isinstance(mine, Advance) and isinstance(other, Advance)
+    assert mine.scanned == bytes([0b1010]), "5 and PAGES + 2, in the list's order"
+    assert np.flatnonzero(ept & ACCESSED).tolist() == [3], "what is not on the list is left alone"
+    (flush,) = np.frombuffer(mine.operations, OPERATION)
+    request = costs.kick_base_ps + 2 * costs.kick_target_ps
+    assert (flush["kind"], flush["time_ps"]) == (OP_FLUSH, QUANTUM + 4 * costs.scan_pte_ps)
+    assert mine.scanned_ps == QUANTUM + 4 * costs.scan_pte_ps + request
+    assert (other.scanned, other.scanned_ps, other.operations) == (b"", 0, b"")
+    by_vm = made.core.host_report(NO_CPU)["cpu"]["by_vm"]
+    assert [vm["modelled_s"] for vm in by_vm] == [(mine.scanned_ps - QUANTUM) / PS_PER_S, 0.0]
+    made.core.receive(0, tick(2 * QUANTUM))
+    ((_, later), _) = made.core.receive(1, tick(2 * QUANTUM))
+    assert isinstance(later, Advance) and (later.scanned, later.operations) == (b"", b"")
+
+
+def test_a_list_of_more_pages_than_one_may_have_is_refused(costs: Costs) -> None:
+    made = Fleet([small_guest(costs, pages=MOST_LISTED, fast=1024)])
+    made.all_hello()
+    with pytest.raises(RefusedMessage, match=f"more than the {MOST_LISTED}"):
+        made.core.receive(0, listed([[0, MOST_LISTED], [MOST_LISTED, 1]]))
+    ((_, answer),) = made.core.receive(0, listed([[0, MOST_LISTED]]))
+    assert isinstance(answer, Advance) and len(answer.scanned) == MOST_LISTED // 8

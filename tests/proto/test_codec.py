@@ -14,6 +14,7 @@ from proto.errors import DecodeError, SizeError, VersionError
 from proto.layout import OPERATION
 from proto.messages import (
     MAX_MESSAGE,
+    MOST_RANGES,
     VERSION,
     Advance,
     Bye,
@@ -36,6 +37,7 @@ TICK = Tick(
     counters=bytes(8 * COUNTERS),
     agent_cpu_s=0.25,
     bandwidth_demand=bytes(32),
+    scan_list=np.array([[3, 2], [9, 1]], "<i8").tobytes(),
 )
 TO_HOST: list[Message] = [
     Hello(vm=1, secret=bytes(range(32)), pid=4),
@@ -53,6 +55,8 @@ TO_GUEST: list[Message] = [
         bandwidth_budget=(5, 6, 7, 8),
         llc_bytes=11,
         operations=np.zeros(2, OPERATION).tobytes(),
+        scanned=b"\5",
+        scanned_ps=8,
     ),
     Stop(reason="enough"),
     Refused(reason="no"),
@@ -119,6 +123,8 @@ def test_another_version_is_told_apart_from_garbage(version: int) -> None:
         msgspec.structs.replace(TICK, time_ps=-1),
         msgspec.structs.replace(TICK, counters=bytes(8 * COUNTERS - 8)),
         msgspec.structs.replace(TICK, bandwidth_demand=bytes(40)),
+        msgspec.structs.replace(TICK, scan_list=bytes(24)),
+        msgspec.structs.replace(TICK, scan_list=bytes(16 * MOST_RANGES + 16)),
         EptFault(time_ps=0, gpfns=bytes(12), write=b"\0"),
         EptFault(time_ps=0, gpfns=bytes(16), write=b"\0"),
         Hello(vm=-1, secret=bytes(32), pid=1),
