@@ -413,7 +413,7 @@ def test_whatever_is_done_with_huge_pages_content_survives(
 
 # -- under the policies -----------------------------------------------------------------------------------------------
 
-BY_ACCESSED_BITS = {"heterovisor", "vtmm"}
+BY_ACCESSED_BITS = {"heteroos", "heterovisor", "vtmm"}
 """Of so few huge pages each is accessed between any two scans, so that none is colder than another."""
 COMBINATIONS = [(guest, host) for guest in ("never", "always") for host in ("never", "always")]
 
