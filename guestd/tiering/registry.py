@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 
-from guestd.tiering import bounds, hemem, heterovisor, hyperplace, memtis, none, oracle, raminate, tpp
+from guestd.tiering import bounds, hemem, heterovisor, hyperplace, memstrata, memtis, none, oracle, raminate, tpp
 from guestd.tiering.policy import PluginError, Policy
 from guestd.tiering.stage import Stage, with_stages
 
@@ -21,6 +21,7 @@ BUILT_IN = (
     hyperplace.POLICY,
     heterovisor.POLICY,
     raminate.POLICY,
+    memstrata.POLICY,
 )
 
 
