@@ -157,6 +157,13 @@ class Swap(Struct):
     modelled_s: float
 
 
+class FlatMemory(Struct):
+    """Where a VM's pages lie in flat memory mode."""
+
+    dedicated_pages: int
+    contended_pages: int
+
+
 class HostThp(Struct):
     """Huge pages with which the host backs a VM."""
 
@@ -280,6 +287,7 @@ class Vm(Struct):
     pml: Pml | UnsetType = UNSET
     swap: Swap | UnsetType = UNSET
     host_thp: HostThp | UnsetType = UNSET
+    flat_memory: FlatMemory | UnsetType = UNSET
     migration: Migration | UnsetType = UNSET
     hotness: Hotness | UnsetType = UNSET
     locality: dict[Literal["gva", "gpa", "hpa"], Locality] | UnsetType = UNSET

@@ -81,6 +81,8 @@ class PolicyKind(Kind, Protocol):
     @property
     def fast_share(self) -> Fraction | None: ...
     @property
+    def min_fast_ratio(self) -> Fraction: ...
+    @property
     def min_run_ps(self) -> Callable[[dict[str, Scalar]], int]: ...
 
 
@@ -249,6 +251,11 @@ class _Resolver:
         ratio = fraction(values["fast_ratio"])
         if not 0 <= ratio <= 1:
             raise values["fast_ratio"].refuse(f"must be between 0 and 1, not {values['fast_ratio'].raw}")
+        if ratio < policy.min_fast_ratio:
+            raise values["fast_ratio"].refuse(
+                f"must be {policy.min_fast_ratio} at least for policy {policy_name!r}, not {values['fast_ratio'].raw}: "
+                "in flat memory mode each slow line shares a fast one"
+            )
         run_ps, transactions = _until(values)
         policy_params = self._parameters("policy", f"policy {policy_name!r}", policy.params, group, layer)
         if run_ps and run_ps < (needed := policy.min_run_ps(policy_params)):

@@ -50,7 +50,7 @@ def warm_up(
             jobs.append(("trace", "none", "trace", {"file": str(tiny_trace(Path(folder) / "warm.trace"))}))
         for done, (label, policy, workload, params) in enumerate(jobs):
             progress(done, total, label)
-            fleet = _fleet(policy, workload, params, costs, brisk)
+            fleet = _fleet(policy, workload, params, costs, brisk, vms=1 if all_policies()[policy].moves_alone else 2)
             fleet.run()
             fleet.guests[0].workload.heat()
         if heat:
@@ -111,8 +111,10 @@ def _fleet(
     thp: str = "never",
     fast_pages: int = _FAST_PAGES,
     heat_path: str = "",
+    vms: int = 1,
 ) -> InProcessFleet:
     engine = EngineConfig(quantum_ps=10 * PS_PER_MS, slice_ps=PS_PER_MS, block=1024)
+    fast_pages = max(fast_pages, 5 * _PAGES // 8) if all_policies()[policy].flat_memory else fast_pages
     guest = GuestConfig(
         vm=0,
         name="warm-up",
@@ -149,9 +151,10 @@ def _fleet(
         events_path="",
         heat_path=heat_path,
     )
+    guests = [msgspec.structs.replace(guest, vm=vm, first_vcpu=2 * vm, fleet_vcpus=2 * vms) for vm in range(vms)]
     # A real LLC would swallow so small a guest, and no mechanism would see an access; this one has a little of it.
     costs = msgspec.structs.replace(costs, llc_bytes=_LLC_BYTES)
-    return InProcessFleet(HostConfig(costs=costs, engine=engine, sample_ps=PS_PER_MS, kernel=kernel), [guest])
+    return InProcessFleet(HostConfig(costs=costs, engine=engine, sample_ps=PS_PER_MS, kernel=kernel), guests)
 
 
 def tiny_trace(path: Path) -> Path:

@@ -16,6 +16,7 @@ from guestd.instructions import ANY, invept
 from guestd.jit import assume, inline, int64, kernel, prefetch
 from guestd.kvm import apply_operation, leave_guest, operation_due, violation_wait, vm_exit
 from guestd.machine import Machine, S
+from guestd.near_memory import may_swap, misses, swap_in
 from guestd.pebs import P_ON as PMU_ON
 from guestd.pebs import sample
 from guestd.pml import P_ON as PML_ON
@@ -148,6 +149,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     address, kinds, think = vcpus.address[vcpu], vcpus.kind[vcpu], vcpus.think_ps[vcpu]
     retries = vcpus.retries[vcpu]
     ledger, histogram = vcpus.ledger[vcpu], vcpus.histogram[vcpu]
+    near, flat = m.near, m.near.size > 0
     gpt, ept, stamps, tables, upper = m.gpt, m.ept, m.stamps, m.tables, m.tables.upper
     counters, state, price = m.counters, m.state, m.price
     latency_ps, read_bytes, write_bytes, budget = m.latency_ps, m.read_bytes, m.write_bytes, m.budget
@@ -162,7 +164,8 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     end = min(length, start + left) if left >= 0 else length
     began, position, prefetched = clock, start, start - 2 * CHUNK
     thought = elsewhere = 0
-    slow_total = stores = plain_stores = llc_hits = stlb_hits = misses = assists = retried = refs = walk_total = bad = 0
+    slow_total = stores = plain_stores = llc_hits = stlb_hits = assists = retried = refs = walk_total = bad = 0
+    tlb_misses = swapped = 0
     reason = REACHED
     while clock < until:
         if position == end:
@@ -232,7 +235,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             if logging and write and (had & DIRTY) == 0:
                 log_dirty(m.pml, vcpu, gpfn, 0, counters)
             if found == MISS:
-                misses += 1
+                tlb_misses += 1
                 _fill(m, tlb, field, table, page, gpfn, context, frame, TLB_DIRTY if write else 0)
             else:
                 assists += 1
@@ -245,8 +248,12 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
             elsewhere += lost
         assume(frame >= 0)
         slow = 1 if frame >= slow_frames else 0
+        if flat:
+            slow = misses(near, slow_frames, frame, a)
+        home = 0 if flat else slow
         local = 1 if (a >> 8) == last_block else 0
-        if not cached and (budget[0, slow] <= 0 or (write and budget[1, slow] <= 0)):
+        if not cached and (budget[0, slow] <= 0 or (write and budget[1, home] <= 0)
+                           or (slow != home and not may_swap(budget))):  # fmt: skip
             # The translation is kept: what it took is paid now, and the access goes on in the next quantum.
             clock += (walk_ps * mlp) >> 8
             lost = max(0, state[S.END_PS] - clock)
@@ -264,12 +271,15 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
         else:
             last_block = a >> 8
             budget[0, slow] -= read_bytes[slow, local]
+            if slow != home:
+                swap_in(near, slow_frames, frame, a, budget, read_bytes, write_bytes, local)
+                swapped += 1
         if write:
             stores += 1
             gpt[page] = (g & ~ENTRY_VERSION_MASK) | ((g + ENTRY_VERSION_ONE) & ENTRY_VERSION_MASK)
             stamps[frame] = (stamp & ~STAMP_VERSION_MASK) | ((stamp + 1) & STAMP_VERSION_MASK)
             if not cached:
-                budget[1, slow] -= write_bytes[slow, 1 if last_block == last_written else 0]
+                budget[1, home] -= write_bytes[home, 1 if last_block == last_written else 0]
                 last_written = last_block
             if kind == STORE:
                 plain_stores += 1
@@ -311,11 +321,12 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
     counters[C.access__llc_hits] += llc_hits
     counters[C.access__loads] += total - plain_stores
     counters[C.access__stores] += stores
-    counters[C.access__tlb_misses] += misses
+    counters[C.access__tlb_misses] += tlb_misses
+    counters[C.access__line_swaps] += swapped
     counters[C.access__stlb_hits] += stlb_hits
     counters[C.access__dirty_assists] += assists
     counters[C.access__fault_retries] += retried
-    counters[C.access__walks] += misses + assists + retried
+    counters[C.access__walks] += tlb_misses + assists + retried
     counters[C.access__walk_refs] += refs
     counters[C.access__walk_ps] += walk_total
     counters[C.integrity__accesses_checked] += total

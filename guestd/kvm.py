@@ -15,6 +15,7 @@ from guestd.instructions import ANY, invept
 from guestd.jit import inline, kernel
 from guestd.machine import Machine, S
 from guestd.mmu_lock import hold, wait_for
+from guestd.near_memory import copy_page
 from guestd.pml import P_ON as PML_ON
 from guestd.pml import flush_log, has_dirty, take_dirty
 from guestd.vcpu import EXIT_END, EXIT_START, FLUSH_AT_ENTRY, HOST_TASK, IDLE, KICK, OFF_PCPU, PML_FULL, spend
@@ -205,7 +206,10 @@ def _zap_range(m: Machine, first: int, end: int, protnone: bool) -> int:
 
 @inline
 def _use_bandwidth(m: Machine, frame: int, write: int) -> None:
-    m.budget[write, 1 if frame >= m.state[S.SLOW_FRAMES] else 0] -= PAGE_SIZE
+    if m.near.size > 0:
+        copy_page(m.near, m.state[S.SLOW_FRAMES], frame, write, m.budget)
+    else:
+        m.budget[write, 1 if frame >= m.state[S.SLOW_FRAMES] else 0] -= PAGE_SIZE
 
 
 @inline

@@ -91,6 +91,8 @@ class Machine(NamedTuple):
     """`proto.layout.VmMemory.walk`"""
     mmu_lock: Words
     """See `guestd.mmu_lock`."""
+    near: Words
+    """int64[pairs]: which lines are in DRAM (`guestd.near_memory`); empty where memory is not in flat mode."""
     state: Words
     """int64[len(S)]"""
     latency_ps: Words
@@ -144,6 +146,7 @@ def new_machine(
         pml=new_pml(config.vcpus, memory.dirty, config.host.pml, costs),
         walk=memory.walk,
         mmu_lock=new_mmu_lock(),
+        near=np.zeros(config.total_pages if host.flat_memory else 0, np.int64),
         state=state,
         latency_ps=np.zeros((2, 2), np.int64),
         read_bytes=media,

@@ -14,6 +14,7 @@ from guestd.meter import STAGES
 from guestd.tiering.registry import policy_of
 from hostd.contention import Contention
 from hostd.errors import RefusedMessage
+from hostd.flat_memory import FlatMemory
 from hostd.pebs_buffer import PebsLeak
 from hostd.vm import Accounts, Vm
 from proto.config import GuestConfig, HostConfig
@@ -167,6 +168,7 @@ class HostCore:
         budgets = self._contention.budgets(running, quantum)
         self._contention.keep(running)
         llc = self._llc_shares(running)
+        self._orchestrate(running)
         out: Out = []
         for vm in running:
             operations = self.vms[vm].prepare(self._now_ps, self._until_ps)
@@ -177,6 +179,13 @@ class HostCore:
             out.append((vm, advance))
         self._note_peak()
         return out
+
+    def _orchestrate(self, running: list[int]) -> None:
+        """Designs that manage all their VMs together decide; what they decide each VM does in the coming quantum."""
+        states = [self.vms[vm] for vm in running]
+        for decide in dict.fromkeys(state.orchestrate for state in states):
+            if decide is not None:
+                decide([state.tiering for state in states if state.orchestrate is decide])
 
     def _llc_shares(self, running: list[int]) -> dict[int, int]:
         """Bytes of the LLC that each VM holds in the quantum: by its vCPUs over those of all that have booted."""
@@ -221,6 +230,8 @@ class HostCore:
             report["swap"]["in_pages"] -= report["integrity"]["pages_brought_back"]
         if state.config.host.backs_huge:
             report["host_thp"] = state.huge_pages()
+        if isinstance(state.view, FlatMemory):
+            report["flat_memory"] = state.view.report()
         if state.dirty_log is not None:
             report["pml"]["harvested_pages"] = state.dirty_log.harvested_pages
         return self._with_tiering(state, report) if state.flat else report

@@ -24,6 +24,7 @@ from guestd.tiering.policy import Policy, Tiering, with_needs
 from hostd.backing import BACKED, Prices, back
 from hostd.dirty_log import DirtyLog
 from hostd.errors import RefusedMessage
+from hostd.flat_memory import FlatMemory
 from hostd.host_tools import HostTools
 from hostd.host_view import HostView
 from hostd.swap import Swap
@@ -89,7 +90,9 @@ class Vm:
         self._reclaim_end_ps = 0
         """kswapd is one thread: no tick wakes it before it is through with what it began."""
         self._events = EventLog(config.events_path if self.flat else "", config.vm)
-        self.view = HostTools(config, memory, self.nodes, self.meter, self.counters, self._schedule, self._events)
+        self.orchestrate = policy.orchestrate
+        view = FlatMemory if config.host.flat_memory else HostTools
+        self.view = view(config, memory, self.nodes, self.meter, self.counters, self._schedule, self._events)
         self.swap: Swap | None = None
         self.dirty_log: DirtyLog | None = None
         host = config.host
@@ -291,6 +294,8 @@ class Vm:
             for view in (self.view, *(thread.view for thread in self._threads)):
                 view.kicked_permille = permille
         self.guest_counters = counters.copy()
+        if isinstance(self.view, FlatMemory):
+            self.view.guest_counters = self.guest_counters
 
     def close(self) -> None:
         """Write out what is buffered."""

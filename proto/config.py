@@ -76,6 +76,8 @@ class HostKernel(Struct, frozen=True):
     """Page-modification logging is on."""
     pml_harvest_ps: int = PS_PER_S
     """Time between two harvests of the dirty bitmap; 0 = none."""
+    flat_memory: bool = False
+    """The memory controller swaps lines between the tiers; for VMs of a policy that needs it."""
     swap_pages_per_s: int = 0
     """Pages that the host's swap daemon looks at per second and VM; 0 = no swap."""
 

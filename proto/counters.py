@@ -18,6 +18,8 @@ class C(IntEnum):
     access__slow = auto()
     access__llc_hits = auto()
     """Accesses that the last-level cache served; each is in `fast` or `slow` too, by where its page lies."""
+    access__line_swaps = auto()
+    """Misses of near memory (`guestd.near_memory`), each of which swapped a line in."""
     access__loads = auto()
     access__stores = auto()
     access__tlb_misses = auto()

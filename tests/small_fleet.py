@@ -8,11 +8,12 @@ import numpy as np
 from fleet.in_process import InProcessFleet
 from guestd.fault import table_frames
 from guestd.guest import Guest
-from guestd.mm.nodes import F_ACTIVE, F_BUSY, F_HUGE, F_LRU, F_SHADOW, NO_PAGE, Nodes
+from guestd.mm.nodes import F_ACTIVE, F_BUSY, F_HUGE, F_LRU, F_SHADOW, FAST, NO_PAGE, Nodes
 from guestd.mm.page_alloc import is_free
 from guestd.mm.shadows import COUNT, LOWEST
 from guestd.tiering.pages import expand
 from guestd.tiering.registry import policies
+from hostd.flat_memory import FlatMemory
 from proto.arrays import Bytes, Mask, Words
 from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, HostKernel, Scalar
 from proto.costs import Costs
@@ -34,6 +35,8 @@ def small_guest(costs: Costs, policy: str = "none", *, params: dict[str, Scalar]
                 batched_unmap_flush: bool = False, host: HostKernel | None = None) -> GuestConfig:  # fmt: skip
     """GUPS on ``pages`` pages. ``params`` None: those with which each mechanism acts within milliseconds."""
     fast = pages // 5 if fast is None else fast
+    # Of flat memory a part is dedicated.
+    fast = max(fast, 5 * pages // 8) if policies()[policy].flat_memory else fast
     return GuestConfig(
         vm=vm,
         name=f"vm{vm}",
@@ -140,11 +143,13 @@ def check_memory(fleet: InProcessFleet) -> None:
         ept = machine.ept
         gpfns = np.flatnonzero(ept & WRITABLE)
         slots = (ept[gpfns] & FRAME_MASK) >> FRAME_SHIFT
-        assert (slots < guest.config.total_pages).sum() <= guest.config.fast_pages
         assert set(frames) | set(kernel) <= set(gpfns)
         # A page that a host thread is moving has two frames until the move is settled.
         busy = np.flatnonzero(host.nodes.flags & F_BUSY)
-        _check_nodes(host.nodes, np.union1d(slots, busy))
+        share = host.view.share if isinstance(host.view, FlatMemory) else None
+        _check_nodes(host.nodes, np.union1d(slots, busy), share)
+        given = slots if share is None else slots[share[slots]]
+        assert (given < guest.config.total_pages).sum() <= host.nodes.managed[FAST]
         assert np.unique(slots).size == slots.size
         _check_units(ept, host.memory.ept_pde, host.nodes)
         assert (host.memory.ept_pde[gpfns // TABLE_PAGES] & PRESENT).all(), "what is backed lies in a table"
@@ -193,8 +198,11 @@ def _check_units(table: Words, pde: Words | Bytes, nodes: Nodes) -> Words:
     return heads
 
 
-def _check_nodes(nodes: Nodes, used: Words) -> None:
-    """``used`` (int64[n]) and the free frames are the managed ones, each once."""
+def _check_nodes(nodes: Nodes, used: Words, share: Mask | None = None) -> None:
+    """``used`` (int64[n]) and the free frames are the managed ones, each once.
+
+    ``share``: which these are (bool[frames]), if not the first ones; what is about to leave it is used, and empty.
+    """
     span = nodes.page.size // 2
     unused = np.flatnonzero(is_free(nodes.free, span))
     free = [unused[(unused >= span) == (node == 1)] for node in (0, 1)]
@@ -202,7 +210,14 @@ def _check_nodes(nodes: Nodes, used: Words) -> None:
         assert free[node].size == nodes.free_count[node]
         mine = used[(used >= span) == (node == 1)]
         every = np.sort(np.concatenate([free[node], mine]))
-        assert np.array_equal(every, node * span + np.arange(int(nodes.managed[node])))
+        if share is None:
+            assert np.array_equal(every, node * span + np.arange(int(nodes.managed[node])))
+        else:
+            mine = node * span + np.flatnonzero(share[node * span : (node + 1) * span])
+            assert mine.size == nodes.managed[node]
+            assert np.array_equal(every[share[every]], mine)
+            leaving = every[~share[every]]
+            assert (nodes.flags[leaving] & F_BUSY).all() and (nodes.page[leaving] == NO_PAGE).all()
         assert (nodes.page[free[node]] == NO_PAGE).all()
         assert (nodes.flags[free[node]] == 0).all()
 

@@ -7,6 +7,7 @@ from typing import cast
 
 from guestd.tiering.view import PageView
 from proto.arrays import Ints, Mask, Words
+from proto.counters import Counters
 
 
 class HostHelp(PageView):
@@ -59,6 +60,34 @@ class HostHelp(PageView):
         Those whose copies are ``stale`` (bool[n]), and what the log of dirty pages names since it was read last, are
         copied once more in the pause.
         """
+
+
+class FlatMemoryHelp(HostHelp):
+    """What the host does besides for a VM whose memory is in flat memory mode (`guestd.near_memory`)."""
+
+    guest_counters: Counters
+    """The VM's counters at the last barrier, as a host reads those of the cores that it is pinned to."""
+
+    @abstractmethod
+    def dedicated(self) -> Words:
+        """Fast frames that hold a page and whose partner the VM has not been given (int64[n], rising); free to read."""
+
+    @abstractmethod
+    def contended(self) -> Words:
+        """Fast frames that hold a page, as does their partner (int64[n], rising): as many as it could exchange."""
+
+    @abstractmethod
+    def give_dedicated(self, frames: Words) -> None:
+        """Exchange the pages of dedicated frames (an even number) for both pages of another VM's contended pairs."""
+
+    @abstractmethod
+    def take_dedicated(self, pairs: Words) -> None:
+        """The other side of it: the pages of contended pairs, named by their fast frames, for dedicated ones."""
+
+
+def flat_memory(view: PageView) -> FlatMemoryHelp:
+    """The same view with what the host does in flat memory mode."""
+    return cast(FlatMemoryHelp, view)
 
 
 def host_help(view: PageView) -> HostHelp:

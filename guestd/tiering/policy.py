@@ -4,7 +4,7 @@ A policy is one file with a module-level `POLICY`; the built-in ones register in
 entry point in the group ``tierfleet.policies`` that names such an object.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
@@ -65,10 +65,12 @@ class AgentThread(NamedTuple):
 
 
 def with_needs(config: GuestConfig, policy: "Policy") -> GuestConfig:
-    """``config`` with what ``policy`` needs of the host for this VM: a log of dirty pages that nobody else harvests."""
-    if not policy.logs_dirty:
-        return config
-    return msgspec.structs.replace(config, host=msgspec.structs.replace(config.host, pml=True, pml_harvest_ps=0))
+    """``config`` with what ``policy`` needs of the host for this VM: a log of dirty pages that nobody else harvests,
+    flat memory mode."""
+    host = msgspec.structs.replace(config.host, flat_memory=policy.flat_memory)
+    if policy.logs_dirty:
+        host = msgspec.structs.replace(host, pml=True, pml_harvest_ps=0)
+    return msgspec.structs.replace(config, host=host)
 
 
 class PluginError(Exception):
@@ -147,6 +149,11 @@ class Policy:
     """Why it need not beat random placement on a static hot set; empty = it must (tests/guestd/tiering)."""
     logs_dirty: bool = False
     """It needs the log of dirty pages (PML), and harvests it itself: it is on for its VMs, whatever the host says."""
+    flat_memory: bool = False
+    """Its VMs' memory is in flat memory mode (`guestd.near_memory`), for which it takes a fast frame for each slow one:
+    ``fast_ratio`` is 1/2 at least."""
+    orchestrate: Callable[[Sequence["Tiering"]], None] | None = None
+    """What a host-side design decides over all its running VMs of a host, called at each barrier before they act."""
     places_by_heat: bool = False
     """First touch puts the workload's truly hot pages on the fast node (the oracle)."""
     places_by_type: bool = False
@@ -160,3 +167,13 @@ class Policy:
     fast_share: Fraction | None = None
     """Share of a VM's memory that is fast, in place of the run's `fast_ratio`; None = as the run says. At 1 (0) the VM
     has its whole size in the fast (slow) tier, and no page can be anywhere else."""
+
+    @property
+    def moves_alone(self) -> bool:
+        """Whether it moves pages of a VM that has the host to itself."""
+        return self.orchestrate is None
+
+    @property
+    def min_fast_ratio(self) -> Fraction:
+        """Least `fast_ratio` of its VMs."""
+        return Fraction(1, 2) if self.flat_memory else Fraction(0)

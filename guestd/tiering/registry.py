@@ -10,6 +10,7 @@ from guestd.tiering import (
     heteroos,
     heterovisor,
     hyperplace,
+    memstrata,
     memtis,
     nomad,
     none,
@@ -39,6 +40,7 @@ BUILT_IN = (
     heteroos.POLICY,
     raminate.POLICY,
     vtmm.POLICY,
+    memstrata.POLICY,
 )
 
 

@@ -7,7 +7,7 @@ itself to its own stage, whoever makes it. One that couples its work to another'
 tracks) says so by what it needs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -54,7 +54,9 @@ class Stage:
     needs: frozenset[str] = frozenset()
     sampling: Callable[[Params], Sampling | None] = field(default=lambda params: None)
     logs_dirty: bool = False
-    """See `Policy.logs_dirty`."""
+    """See `Policy.logs_dirty`, and the next two there."""
+    flat_memory: bool = False
+    orchestrate: Callable[[Sequence[Tiering]], None] | None = None
     warm_up: Params = field(default_factory=dict)
     min_run_ps: Callable[[Params], int] = field(default=lambda params: 0)
 
@@ -314,6 +316,8 @@ def composed(policy: Policy, tracker: Stage, classifier: Stage, migrator: Stage)
         params=params,
         sampling=tracker.sampling,
         logs_dirty=any(stage.logs_dirty for stage in stages.values()),
+        flat_memory=any(stage.flat_memory for stage in stages.values()),
+        orchestrate=migrator.orchestrate,
         warm_up={name: value for stage in stages.values() for name, value in stage.warm_up.items()} | policy.warm_up,
         min_run_ps=lambda given: max(stage.min_run_ps(given) for stage in stages.values()),
         parts=stages,

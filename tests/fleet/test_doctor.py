@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,7 @@ class Kind:
     min_memory_bytes = 0
     view = "-"
     fast_share = None
+    min_fast_ratio = Fraction(0)
 
     @staticmethod
     def min_run_ps(params: object) -> int:

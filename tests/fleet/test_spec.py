@@ -34,6 +34,7 @@ class Kind:
     min_memory_bytes: int = 16 << 20
     view: str = "guest"
     fast_share: Fraction | None = None
+    min_fast_ratio: Fraction = Fraction(0)
 
     @staticmethod
     def min_run_ps(params: object) -> int:
@@ -53,6 +54,7 @@ REGISTRIES = Registries(
         "hyperplace": Kind((SCAN, QUIET, SHARE), 64 << 20),
         "h-tpp": Kind(view="host"),
         "all-fast": Kind(view="-", fast_share=Fraction(1)),
+        "flat": Kind(min_fast_ratio=Fraction(1, 2)),
     },
     {"gups": Kind((LAYOUT, SHARE)), "trace": Kind((FILE,))},
 )

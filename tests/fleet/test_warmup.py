@@ -38,7 +38,11 @@ def test_each_mechanism_of_each_policy_acts_in_its_few_milliseconds(costs: Costs
     for name, policy in policies().items():
         if policy.view == "-":
             continue
-        report = run_fleet(small_guest(costs, name, pages=4096, fast=1024))[0]
+        guests = [
+            small_guest(costs, name, pages=4096, fast=1024, vm=vm) for vm in range(1 if policy.moves_alone else 2)
+        ]
+        reports = run_fleet(*guests).values()
+        report = max(reports, key=lambda one: one["migration"]["promoted_pages"])
         stages = report["agent_cpu"]["modelled_s"]
         assert stages["track"] > 0
         assert stages["migrate"] > 0
@@ -68,7 +72,7 @@ before = compiled()
 assert len(before) > 20
 for policy in policies():
     run_fleet(small_guest(costs, policy, params={}, run_ms=40))
-    run_fleet(small_guest(costs, policy, run_ms=40, workload={"layout": "scattered"}))
+    run_fleet(*(small_guest(costs, policy, run_ms=40, vm=vm, workload={"layout": "scattered"}) for vm in range(2)))
 variants = {"btree": {"load": "sorted", "order": 32}, "silo": {"keys": "ordered", "period": 1000},
             "pagerank": {}, "bfs": {}}
 for name, params in variants.items():

@@ -53,7 +53,7 @@ def small_costs(costs: Costs, **changes: object) -> Costs:
 
 
 def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | None = None, guest_levels: int = 4,
-                 ept_levels: int = 4, pml: bool = False) -> Machine:  # fmt: skip
+                 ept_levels: int = 4, pml: bool = False, flat: bool = False) -> Machine:  # fmt: skip
     """A machine with the page-table pages of `VMAS`, backed, and its DS areas; no leaf is mapped."""
     state, price = np.zeros(len(S), np.int64), np.zeros(PRICES, np.int64)
     state[S.LEFT] = -1
@@ -91,6 +91,7 @@ def bare_machine(costs: Costs, vcpus: int, seed: int = 1, sampling: Sampling | N
         pml=new_pml(vcpus, np.zeros((2, ept.size // 64), np.int64), pml, costs),
         walk=np.zeros((4, ept.size // 64), np.int64),
         mmu_lock=new_mmu_lock(),
+        near=np.zeros(SLOTS // 2 if flat else 0, np.int64),
         state=state,
         latency_ps=np.array([[69, 60], [300, 177]], np.int64) * PS_PER_NS,
         read_bytes=np.array([[64, 64], [256, 0]], np.int64),

@@ -139,6 +139,9 @@ class Reference:
         self.read_bytes: list[list[int]] = machine.read_bytes.tolist()
         self.write_bytes: list[list[int]] = machine.write_bytes.tolist()
         self.budget: list[list[int]] = machine.budget.tolist()
+        self.pairs = machine.near.size
+        self.in_dram: dict[tuple[int, int], int] = {}
+        """(pair, line) -> the slot of the pair whose line is in DRAM; at first the fast one's is. Flat mode only."""
         self.price: list[int] = machine.price.tolist()
         self.params: list[int] = machine.ds.params.tolist()
         self.state: list[int] = state.tolist()
@@ -215,8 +218,13 @@ class Reference:
             self._serve_faults(cpu, access, frame_of(self.gpt[page]), refs)
         mlp = self.state[S.MLP_Q8]
         slow = int(slot >= self.tables.slow_frames)
+        line = access.address // 64 % 64
+        if self.pairs:
+            slow = int(not self._near(slot, line))
+        tiers = (0, 1) if self.pairs and slow else (slow,)
         local = int(access.address // 256 == cpu.last_block)
-        if not hit and (self.budget[0][slow] <= 0 or (write and self.budget[1][slow] <= 0)):
+        swaps = len(tiers) == 2
+        if not hit and any(self.budget[way][tier] <= 0 for tier in tiers for way in range(1 + (write or swaps))):
             cpu.spend("stall", walk_ps * mlp // 256)
             cpu.spend("throttle", max(0, self.end_ps - cpu.clock))
             return REACHED
@@ -227,9 +235,14 @@ class Reference:
         latency = walk_ps + (self.state[S.LLC_PS] if hit else self.latency[slow][local])
         if not hit:
             cpu.last_block = access.address // 256
-            self.budget[0][slow] -= self.read_bytes[slow][local]
+            for tier in tiers:
+                self.budget[0][tier] -= self.read_bytes[tier][local]
+                self.budget[1][tier] -= self.write_bytes[tier][local] if swaps else 0
+            if swaps:
+                self.in_dram[slot % self.pairs, line] = slot
+                self.counters["access__line_swaps"] += 1
             if write:
-                self.budget[1][slow] -= self.write_bytes[slow][int(access.address // 256 == cpu.last_written)]
+                self.budget[1][tiers[0]] -= self.write_bytes[tiers[0]][int(access.address // 256 == cpu.last_written)]
                 cpu.last_written = access.address // 256
         if write:
             next_version = (version + 1) % (1 << VERSION_BITS)
@@ -256,6 +269,25 @@ class Reference:
             cpu.spend("pml_full", cpu.due)
             cpu.due = 0
         return reason
+
+    # -- flat memory mode ---------------------------------------------------------------------------------------
+
+    def _near(self, slot: int, line: int) -> bool:
+        return self.in_dram.get((slot % self.pairs, line), slot % self.pairs) == slot
+
+    def _use_page(self, slot: int, way: int) -> None:
+        """The host reads (0) or writes (1) a whole frame."""
+        if not self.pairs:
+            self.budget[way][slot >= self.tables.slow_frames] -= 4096
+            return
+        for line in range(64):
+            if not self._near(slot, line):
+                self.in_dram[slot % self.pairs, line] = slot
+                for side in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                    self.budget[side[0]][side[1]] -= 64
+                if way == 0:
+                    continue
+            self.budget[way][0] -= 64
 
     # -- page-modification log ----------------------------------------------------------------------------------
 
@@ -487,8 +519,8 @@ class Reference:
             source = frame_of(self.ept[op.a])
             self.stamps[op.b] = self.stamps[source]
             self.ept[op.a] = (self.ept[op.a] & ~FRAME_MASK & ~PROTNONE) | op.b << FRAME_SHIFT | op.flags
-            self.budget[0][source >= self.tables.slow_frames] -= 4096
-            self.budget[1][op.b >= self.tables.slow_frames] -= 4096
+            self._use_page(source, 0)
+            self._use_page(op.b, 1)
 
     def _copy(self, op: Operation) -> None:
         """A step of a copy of a page that stays mapped."""
@@ -532,8 +564,9 @@ class Reference:
         self.stamps[slot_a], self.stamps[slot_b] = self.stamps[slot_b], self.stamps[slot_a]
         for gpfn, slot in ((a, slot_b), (b, slot_a)):
             self.ept[gpfn] = (self.ept[gpfn] & ~FRAME_MASK & ~PROTNONE) | slot << FRAME_SHIFT
-            self.budget[0][slot >= self.tables.slow_frames] -= 4096
-            self.budget[1][slot >= self.tables.slow_frames] -= 4096
+        for slot in (slot_a, slot_b):
+            self._use_page(slot, 0)
+            self._use_page(slot, 1)
 
     def _zap(self, gpfn: int) -> bool:
         entry = self.ept[gpfn]
@@ -578,6 +611,9 @@ class Reference:
         assert machine.tables.ept_pdpte.tolist() == self.tables.ept_pdpte
         assert machine.stamps.tolist() == self.stamps
         assert machine.budget.tolist() == self.budget
+        swapped = np.unpackbits(machine.near.view(np.uint8), bitorder="little")
+        mode = {divmod(number, 64) for number in np.flatnonzero(swapped).tolist()}
+        assert mode == {where for where, slot in self.in_dram.items() if slot != where[0]}
         assert (bitmap(machine, 0), bitmap(machine, 1)) == (self.dirty, self.harvested)
         assert (int(machine.state[S.NOW]), int(machine.state[S.LEFT])) == (self.now, self.left)
         for index, cpu in enumerate(self.vcpus):

@@ -117,6 +117,8 @@ class Program(NamedTuple):
     tdp_mmu: bool
     budget: int
     left: int
+    flat: bool
+    """Memory is in flat mode."""
     segments: list[Segment]
 
 
@@ -140,6 +142,7 @@ def programs(draw: st.DrawFn) -> Program:
         tdp_mmu=draw(st.booleans()),
         budget=draw(st.sampled_from((1 << 60, 4_000, 100))),
         left=draw(st.sampled_from((-1, -1, 40))),
+        flat=draw(st.booleans()),
         segments=draw(st.lists(segments(vcpus), min_size=1, max_size=4)),
     )  # fmt: skip
 
@@ -211,7 +214,7 @@ class Pair:
         )
         costs = small_costs(costs, stlb_entries=entries, stlb_ways=ways, load_latency_tag_interval=3, **off)
         machine = self.machine = bare_machine(
-            costs, program.vcpus, 5, program.sampling, *program.levels, program.logged is not None
+            costs, program.vcpus, 5, program.sampling, *program.levels, program.logged is not None, program.flat
         )
         machine.state[S.SLICE_PS] = program.slice_ns * 1000
         machine.state[S.MLP_Q8] = 100

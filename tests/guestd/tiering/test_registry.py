@@ -10,7 +10,7 @@ from guestd.tiering.policy import PluginError, Policy
 
 BUILT_IN = {
     "none", "all-fast", "all-slow", "oracle", "g-tpp", "tpp-mainline", "h-tpp", "memtis", "hemem", "nomad",
-    "hyperplace", "heterovisor", "heteroos", "raminate", "vtmm",
+    "hyperplace", "heterovisor", "heteroos", "raminate", "vtmm", "memstrata",
 }  # fmt: skip
 
 
