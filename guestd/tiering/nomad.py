@@ -127,7 +127,8 @@ class Transactional(Migrator):
 
     def _enqueue(self, pages: Words) -> None:
         view, counters = self.view, self.view.counters
-        pages = np.unique(view.heads(pages))
+        heads = view.heads(pages)
+        pages = heads[np.sort(np.unique(heads, return_index=True)[1])]
         pages = pages[view.nodes_of(pages) == SLOW]
         for known in (self._queue, self._todo, self._again):
             pages = pages[~np.isin(pages, known)]
