@@ -199,6 +199,8 @@ POLICY = composed(
         summary="a polling user thread, FIFO lists of hot and cold 2 MiB regions, copies under write protection",
         view="guest",
         source="HeMem, SOSP'21; cuhk-mass/hemem",
+        left_out="the copy by DMA, which a VM has not; userfaultfd but for what a waiting writer pays; the separate "
+        "cooling thread; that small allocations stay fast; that other threads use the vCPU while a writer waits",
     ),
     PEBS_POLLER,
     FIFO_LISTS,

@@ -235,6 +235,8 @@ POLICY = composed(
         summary="TPP's faults with transactional, asynchronous promotion and shadow pages",
         view="guest",
         source="Nomad, OSDI'24; lingfenghsiang/Nomad",
+        left_out="huge pages, which move as in TPP but by the worker; the retry of pages with several mappings; the "
+        "kernel's LRU add batches (pagevecs)",
     ),
     HINT_FAULTS,
     LOOK_BACK,

@@ -178,6 +178,7 @@ POLICY = composed(
         summary="TPP as in mainline Linux: hint-fault latency, rate limit, PROMO watermark",
         view="guest",
         source="Linux 6.3, kernel.numa_balancing = 2",
+        left_out="direct reclaim; file pages; that pages for which the threshold was bypassed are no candidates",
     ),
     HINT_FAULTS,
     FAULT_LATENCY,
