@@ -263,8 +263,8 @@ POLICY = composed(
         summary="PEBS under a CPU quota, histogram of access counts, background migration, splits of skewed huge pages",
         view="guest",
         source="Memtis, SOSP'23; cosmoss-jigu/memtis",
-        left_out="samples lost to a contended mmap_lock; quota 0, with which ksampled never sleeps; limits per memcg (the "
-        "node is the limit); dropping sub-pages that were never written; file pages",
+        left_out="samples lost to a contended mmap_lock; quota 0, with which ksampled never sleeps; limits per memcg "
+        "(the node is the limit); dropping sub-pages that were never written; file pages",
     ),
     PEBS_KSAMPLED,
     HISTOGRAM,
