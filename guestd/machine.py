@@ -146,7 +146,7 @@ def new_machine(
         pml=new_pml(config.vcpus, memory.dirty, config.host.pml, costs),
         walk=memory.walk,
         mmu_lock=new_mmu_lock(),
-        near=np.zeros(config.total_pages if host.flat_memory else 0, np.int64),
+        near=np.zeros(config.total_pages if config.flat_memory else 0, np.int64),
         state=state,
         latency_ps=np.zeros((2, 2), np.int64),
         read_bytes=media,

@@ -91,7 +91,7 @@ class Vm:
         """kswapd is one thread: no tick wakes it before it is through with what it began."""
         self._events = EventLog(config.events_path if self.flat else "", config.vm)
         self.orchestrate = policy.orchestrate
-        view = FlatMemory if config.host.flat_memory else HostTools
+        view = FlatMemory if config.flat_memory else HostTools
         self.view = view(config, memory, self.nodes, self.meter, self.counters, self._schedule, self._events)
         self.swap: Swap | None = None
         self.dirty_log: DirtyLog | None = None

@@ -76,8 +76,6 @@ class HostKernel(Struct, frozen=True):
     """Page-modification logging is on."""
     pml_harvest_ps: int = PS_PER_S
     """Time between two harvests of the dirty bitmap; 0 = none."""
-    flat_memory: bool = False
-    """The memory controller swaps lines between the tiers; for VMs of a policy that needs it."""
     swap_pages_per_s: int = 0
     """Pages that the host's swap daemon looks at per second and VM; 0 = no swap."""
 
@@ -125,6 +123,8 @@ class GuestConfig(Struct, frozen=True):
     """File to which the guest appends `proto.layout.HEAT` records; empty = page heat is not recorded."""
     stages: dict[str, str] = {}
     """Stages of the policy that were exchanged: tracker, classifier or migrator -> name."""
+    flat_memory: bool = False
+    """The memory controller swaps lines between the tiers; what runs the VM sets it if the policy needs it."""
 
     @property
     def policy_label(self) -> str:

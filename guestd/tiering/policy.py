@@ -65,12 +65,11 @@ class AgentThread(NamedTuple):
 
 
 def with_needs(config: GuestConfig, policy: "Policy") -> GuestConfig:
-    """``config`` with what ``policy`` needs of the host for this VM: a log of dirty pages that nobody else harvests,
-    flat memory mode."""
-    host = msgspec.structs.replace(config.host, flat_memory=policy.flat_memory)
+    """``config`` with what ``policy`` needs for this VM: a log of dirty pages that nobody else harvests, flat memory."""
+    host = config.host
     if policy.logs_dirty:
         host = msgspec.structs.replace(host, pml=True, pml_harvest_ps=0)
-    return msgspec.structs.replace(config, host=host)
+    return msgspec.structs.replace(config, host=host, flat_memory=policy.flat_memory)
 
 
 class PluginError(Exception):
