@@ -65,7 +65,7 @@ class AgentThread(NamedTuple):
 
 
 def with_needs(config: GuestConfig, policy: "Policy") -> GuestConfig:
-    """``config`` with what ``policy`` needs for this VM: a log of dirty pages that nobody else harvests, flat memory."""
+    """``config`` with what ``policy`` needs for this VM: a log of dirty pages of its own, flat memory mode."""
     host = config.host
     if policy.logs_dirty:
         host = msgspec.structs.replace(host, pml=True, pml_harvest_ps=0)
