@@ -51,7 +51,7 @@ def alone(names: Sequence[str], base: dict[str, object], seconds: int, progress:
         policy = policies()[name]
         acts_ps = policy.min_run_ps(resolve(policy.params, {}))
         run_s = max(seconds, -(-2 * acts_ps // PS_PER_S))
-        summary = _run([base | {"policy": name, "workload": "gups", "seconds": run_s}])
+        summary = _run([_fitting(base, policy) | {"policy": name, "workload": "gups", "seconds": run_s}])
         verdicts.append(_judge(policy, summary, run_s * PS_PER_S >= 2 * acts_ps))
     progress(len(names), len(names), "")
     return verdicts
@@ -68,11 +68,18 @@ def pairs(names: Sequence[str], base: dict[str, object], progress: Progress) -> 
                     f"policy.{key}": value for key, value in policies()[name].warm_up.items()
                 }
                 settings |= {"workload.file": str(trace)} if workload == "trace" else {}
-                groups.append(base | {"policy": name, "workload": workload, "set": settings})
+                groups.append(
+                    _fitting(base, policies()[name]) | {"policy": name, "workload": workload, "set": settings}
+                )
         progress(0, len(groups), f"{len(groups)} VMs")
         summary = _run(groups)
         progress(len(groups), len(groups), "")
     return {(vm["policy"], vm["workload"]): vm for vm in summary["vms"]}
+
+
+def _fitting(base: dict[str, object], policy: Policy) -> dict[str, object]:
+    """``base`` with as much fast memory as the policy needs."""
+    return base | {"fast_ratio": str(policy.min_fast_ratio)} if policy.min_fast_ratio else base
 
 
 def _judge(policy: Policy, summary: dict[str, Any], acted: bool) -> Verdict:

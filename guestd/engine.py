@@ -249,7 +249,8 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
         assume(frame >= 0)
         slow = 1 if frame >= slow_frames else 0
         if flat:
-            slow = misses(near, slow_frames, frame, a)
+            # What the LLC has was swapped in when it was fetched.
+            slow = 0 if cached else misses(near, slow_frames, frame, a)
         home = 0 if flat else slow
         local = 1 if (a >> 8) == last_block else 0
         if not cached and (budget[0, slow] <= 0 or (write and budget[1, home] <= 0)

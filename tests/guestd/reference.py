@@ -220,7 +220,7 @@ class Reference:
         slow = int(slot >= self.tables.slow_frames)
         line = access.address // 64 % 64
         if self.pairs:
-            slow = int(not self._near(slot, line))
+            slow = int(not hit and not self._near(slot, line))
         tiers = (0, 1) if self.pairs and slow else (slow,)
         local = int(access.address // 256 == cpu.last_block)
         swaps = len(tiers) == 2
