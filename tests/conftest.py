@@ -1,6 +1,7 @@
 """What tests of several packages need: a host's costs, guests, and the record of a small run that never happened."""
 
 import os
+import signal
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -20,6 +21,10 @@ MIB = 1 << 20
 
 # Set before the first kernel is imported: the kernels that `fleet run` compiled serve the tests too, and no stale ones.
 os.environ.update(numba_cache.environment())
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test judges by the clock, so a busy machine must not fail one.
 settings.register_profile("fleet", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guestd.address_space import AddressSpace, heap_region
@@ -114,6 +114,7 @@ def test_a_vcpu_s_accesses_do_not_depend_on_its_buffers(name: str, sizes: list[i
 
 
 @pytest.mark.parametrize("name", ["btree", "silo"])
+@settings(max_examples=25)
 @given(turns=st.lists(st.tuples(st.integers(0, 2), st.integers(ROOM, 4000)), min_size=1, max_size=20))
 def test_vcpus_with_operations_of_their_own_do_not_meet(name: str, turns: list[tuple[int, int]], costs: Costs) -> None:
     count = 3000

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guestd.workloads.base import ROOM
@@ -125,6 +125,7 @@ def test_a_search_makes_a_tree_of_shortest_paths_whoever_takes_part(
         assert level[v] == level[parent[v]] + 1
 
 
+@settings(max_examples=25)
 @given(sizes=st.lists(st.integers(ROOM, 3000), min_size=1, max_size=5), vcpus=st.integers(1, 4))
 def test_together_vcpus_make_the_same_searches_whatever_their_buffers(
     sizes: list[int], vcpus: int, costs: Costs

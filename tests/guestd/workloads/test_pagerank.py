@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guestd.workloads.base import ROOM
@@ -81,6 +81,7 @@ def test_accesses_are_those_of_the_plain_loops(costs: Costs) -> None:
     assert (found[:, 2] == 700).all()
 
 
+@settings(max_examples=25)
 @given(sizes=st.lists(st.integers(ROOM, 3000), min_size=1, max_size=5), vcpus=st.integers(1, 4))
 def test_together_vcpus_run_the_same_loops_whatever_their_buffers(sizes: list[int], vcpus: int, costs: Costs) -> None:
     alone, shared = make(costs), make(costs, vcpus=vcpus)
