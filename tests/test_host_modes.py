@@ -15,7 +15,7 @@ seconds = 0.1
 [[group]]
 policy = "hyperplace"
 vcpus = 2
-set.policy = { load_period = 29, store_period = 101, load_latency_ns = 3 }
+set.policy = { load_period = 29, store_period = 101, load_latency_ns = 3, epoch_ms = 100 }
 [[group]]
 policy = "none"
 """

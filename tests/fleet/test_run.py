@@ -56,7 +56,8 @@ def test_a_run_ends_with_table_and_figure_and_never_overwrites_another(tmp_path:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("workload", ["btree", "silo", "pagerank", "bfs"])
 def test_real_data_structures_run_without_a_mismatch(workload: str, tmp_path: Path) -> None:
-    flags = ("--policy", "g-tpp", "--memory", "64MiB", "--vcpus", "2", "--seconds", "0.2", "--seed", "5", "--json")
+    flags = ("--policy", "g-tpp", "--memory", "64MiB", "--vcpus", "2", "--seconds", "0.2", "--seed", "5", "--json",
+             "--set", "policy.scan_delay_ms=0")  # fmt: skip
     done = fleet("--workload", workload, *flags, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     (vm,) = json.loads(done.stdout)["vms"]
@@ -284,7 +285,7 @@ def test_a_killed_guest_is_reported_and_costs_no_other(tmp_path: Path) -> None:
 def test_a_trace_touches_the_pages_that_it_names(policy: str, tmp_path: Path) -> None:
     file = ROOT / "examples" / "hot_set.trace"
     done = fleet("--policy", policy, "--workload", "trace", "--set", f"workload.file={file}", "--memory", "16MiB",
-                 "--seconds", "0.5", "--json", "--out", tmp_path / "out")  # fmt: skip
+                 "--seconds", "1", "--json", "--out", tmp_path / "out")  # fmt: skip
     assert done.returncode == 0, done.stderr
     (vm,) = json.loads(done.stdout)["vms"]
     assert vm["integrity"]["mismatches"] == 0
