@@ -54,6 +54,7 @@ DETERMINISTIC_KEYS = (
     "vms.*.pml.**",
     "vms.*.swap.**",
     "vms.*.host_thp.**",
+    "vms.*.flat_memory.**",
     "vms.*.migration.**",
     "vms.*.hotness.**",
     "vms.*.locality.**",
