@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-cores test-fleet fuzz conformance bench lint format pins clean
+.PHONY: help setup run test test-first test-second fuzz conformance bench lint format pins clean
 
 help:
 	@echo "make run     run examples/quickstart.toml: a table, a figure, and runs/<name>/"
@@ -42,13 +42,15 @@ format: $(STAMP)
 
 # Two halves of about the same length beside each other; their output comes half by half.
 test: lint
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-cores test-fleet
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-first test-second
 
-test-cores: $(STAMP)
-	$(BIN)/pytest -q tests/guestd tests/hostd tests/proto
+FIRST := tests/guestd tests/hostd tests/proto tests/fleet/sweep tests/fleet/report tests/fleet/validate
 
-test-fleet: $(STAMP)
-	$(BIN)/pytest -q --ignore tests/guestd --ignore tests/hostd --ignore tests/proto
+test-first: $(STAMP)
+	$(BIN)/pytest -q $(FIRST)
+
+test-second: $(STAMP)
+	$(BIN)/pytest -q $(FIRST:%=--ignore %)
 
 FUZZ ?= 10000
 fuzz: $(STAMP)

@@ -22,12 +22,12 @@ def conformance(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(300)
 def test_a_policy_is_run_alone_and_with_every_workload() -> None:
     done = conformance(
-        "g-tpp", "--memory", "16MiB", "--vcpus", "1", "--seconds", "1", "--pair-memory", "16MiB", "--json"
+        "hyperplace", "--memory", "16MiB", "--vcpus", "1", "--seconds", "1", "--pair-memory", "16MiB", "--json"
     )
     assert done.returncode in (0, 1), done.stderr
     found = json.loads(done.stdout)
     (one,) = found["alone"]
-    assert one["policy"] == "g-tpp"
+    assert one["policy"] == "hyperplace"
     assert one["vm"]["integrity"]["mismatches"] == 0
     assert {pair["workload"] for pair in found["pairs"]} == set(workloads())
     assert all(pair["ok"] for pair in found["pairs"])
