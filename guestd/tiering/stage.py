@@ -7,6 +7,7 @@ itself to its own stage, whoever makes it. One that couples its work to another'
 tracks) says so by what it needs.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -148,7 +149,7 @@ class Tracker(_StageBase):
         """The migrator could not promote as many of the pages that a fault had brought."""
 
 
-class Classifier(_StageBase):
+class Classifier(_StageBase, ABC):
     """Ranks pages. A subclass defines the methods that begin with an underscore, which are booked to `classify`."""
 
     kind: Kind = "classifier"
@@ -191,8 +192,8 @@ class Classifier(_StageBase):
         """Pages that it believes hot now (int64[n]), None if it has no such notion; the emulator asks, unbooked."""
         return None
 
-    def _observe(self, evidence: Evidence) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _observe(self, evidence: Evidence) -> None: ...
 
     def _on_faults(self, evidence: Evidence) -> Mask:
         self._observe(evidence)
@@ -201,11 +202,11 @@ class Classifier(_StageBase):
     def _end_of_round(self) -> None:
         pass
 
-    def _promotions(self, limit: int) -> Words:
-        raise NotImplementedError
+    @abstractmethod
+    def _promotions(self, limit: int) -> Words: ...
 
-    def _demotions(self, need: int) -> Words:
-        raise NotImplementedError
+    @abstractmethod
+    def _demotions(self, need: int) -> Words: ...
 
     def _splittable(self, limit: int) -> Words:
         return np.zeros(0, np.int64)

@@ -6,6 +6,8 @@ from the fast node's LRU lists whenever free memory falls below WMARK_DEMOTE (2 
 is H-TPP: every young page it ages costs a VM-wide flush, every scanned range is zapped and faults back in.
 """
 
+from abc import abstractmethod
+
 import numpy as np
 
 from guestd.meter import TASK
@@ -154,9 +156,9 @@ class FaultRanked(Classifier):
         self._distinct = 0
         """How many were left when equal ones were last dropped."""
 
+    @abstractmethod
     def _wants(self, evidence: Evidence) -> Mask:
         """Which of the accessed pages should be fast (bool[n]); none of them is -1."""
-        raise NotImplementedError
 
     def _observe(self, evidence: Evidence) -> None:
         pages, first = np.unique(evidence.pages, return_index=True)
