@@ -85,7 +85,7 @@ REACHED, NEED_ACCESSES, FAULT, PMI, COMPLETED = 0, 1, 2, 3, 4
 or an EPT violation of a record); transactions done."""
 
 CHUNK = 4
-"""Accesses whose lines are asked for at a time: three tables' fit the fill buffers of a core."""
+"""Accesses whose lines are asked for at a time, so that what this machine needs for them overlaps."""
 
 
 @inline
@@ -145,7 +145,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
         spend(vcpus, vcpu, HALTED, max(0, until - field[CLOCK]))
         return REACHED
     tlb, geometry = tlb_of(vcpus, vcpu), m.tlb_geometry
-    walk_tag, walk_turn, chain = vcpus.walk_tag[vcpu], vcpus.walk_turn[vcpu], vcpus.chain[vcpu]
+    walk_tag, chain = vcpus.walk_tag[vcpu], vcpus.chain[vcpu]
     address, kinds, think = vcpus.address[vcpu], vcpus.kind[vcpu], vcpus.think_ps[vcpu]
     retries = vcpus.retries[vcpu]
     ledger, histogram = vcpus.ledger[vcpu], vcpus.histogram[vcpu]
@@ -205,7 +205,7 @@ def _run_vcpu(m: Machine, vcpu: int, until: int) -> int:
                 break
             frame = (e & FRAME_MASK) >> FRAME_SHIFT
             table = page >> TABLE_SHIFT
-            walked = walk(walk_tag, walk_turn, m.walk_geometry, tables, chain, ept, table, gpfn, context, eptp,
+            walked = walk(walk_tag, m.walk_geometry, tables, chain, ept, table, gpfn, context, eptp,
                           slow_frames, state[S.EPT_EPOCH], price, m.pml, vcpu, counters)  # fmt: skip
             if walked == UNBACKED:
                 reason = FAULT

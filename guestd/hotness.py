@@ -1,10 +1,11 @@
 """Ground truth: which pages are really hot, and how a policy's hot set and its fast ratio compare with that.
 
 True heat is the law that a workload draws its accesses by, where it has one that does not change (`Workload.steady`);
-otherwise each access is counted at its page, over one sampling interval. The true hot set are the hottest pages that
-fit the VM's fast memory. Pages that are equally hot, of which only some fit, may be in it: none of them is asked of a
-policy, and as many as fit count as right. All of it is the emulator's own: it takes no virtual time, and no CPU of an
-agent. The sums are kept in the group ``truth`` of the counters, so that they can be had for any interval.
+otherwise each access is counted at its page, over one sampling interval (several, if a VM makes few accesses). The true
+hot set are the hottest pages that fit the VM's fast memory. Pages that are equally hot, of which only some fit, may be
+in it: none of them is asked of a policy, and as many as fit count as right. All of it is the emulator's own: it takes
+no virtual time, and no CPU of an agent. The sums are kept in the group ``truth`` of the counters, so that they can be
+had for any interval.
 """
 
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from proto.units import PAGE_SHIFT, TABLE_PAGES, TABLE_SHIFT
 
 POLICY, FAST_NODE = "policy", "fast node"
 """What is taken for a policy's hot set: its own, or what lies in fast memory."""
+PAGES_PER_ACCESS = 4
+"""An interval with fewer accesses than a fourth of the pages is judged with the next: judging looks at all pages."""
 
 
 def placement_by_heat(heat: Words, capacity: int) -> Bytes:
@@ -133,6 +136,10 @@ class Truth:
         """The accesses ``address[start:end]`` were made."""
         if self._law is None:
             count_pages(address, start, end, self.heat)
+
+    def due(self) -> bool:
+        """Have there been enough accesses for a judgement?"""
+        return (self._accesses()[0] - self._seen[0]) * PAGES_PER_ACCESS >= self.heat.size
 
     def judge(self) -> None:
         """End an interval: compare what is `believed` with the truth, and begin the next one."""

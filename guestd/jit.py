@@ -105,3 +105,35 @@ reach the cache, so this is for sets that are rarely written twice in a row.
 """
 match16 = _match(16)
 """The same for sixteen tags."""
+
+
+def _four(push: bool) -> Callable[..., int]:
+    def typed(typingctx: Any, array: Any, index: Any, key: Any) -> Any:
+        signature = types.int64(array, types.int64, types.int32)
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            from llvmlite import ir
+
+            int32, vector = ir.IntType(32), ir.VectorType(ir.IntType(32), 4)
+            pointer = builder.gep(context.make_array(sig.args[0])(context, builder, args[0]).data, [args[1]])
+            pointer = builder.bitcast(pointer, vector.as_pointer())
+            tags = builder.load(pointer, align=4)
+            nothing = ir.Constant(vector, ir.Undefined)
+            keys = builder.insert_element(nothing, args[2], int32(0))
+            everywhere = builder.shuffle_vector(keys, nothing, ir.Constant(vector, [0] * 4))
+            matches = builder.bitcast(builder.icmp_signed("==", tags, everywhere), ir.IntType(4))
+            found = builder.icmp_unsigned("!=", matches, ir.IntType(4)(0))
+            if push:
+                pushed = builder.shuffle_vector(keys, tags, ir.Constant(vector, [0, 4, 5, 6]))
+                builder.store(builder.select(found, tags, pushed), pointer, align=4)
+            return builder.zext(found, ir.IntType(64))
+
+        return signature, codegen
+
+    return cast(Any, intrinsic(typed))
+
+
+holds4 = _four(push=False)
+"""``holds4(tags, index, key)``: 1 if one of the four int32 from ``index`` on equals ``key``, else 0; no jump."""
+push4 = _four(push=True)
+"""The same; and if none does, ``key`` becomes the first, the others move on by one, and the last is dropped."""

@@ -11,7 +11,6 @@ import numpy as np
 
 from guestd.jit import inline, kernel
 from guestd.tlb import LANES, Tlb, tlb_geometry
-from guestd.walk import WAYS
 from proto.arrays import Bytes, Ints, Words
 from proto.costs import Costs
 from proto.counters import LEDGER, C, Counters
@@ -92,8 +91,6 @@ class Vcpus(NamedTuple):
     stlb_recent: Words
     walk_tag: Ints
     """int32[n, slots]: paging-structure caches and nested TLB, see `guestd.walk.WalkGeometry`."""
-    walk_turn: Bytes
-    """uint8[n, slots / 4]: the way of each set to be replaced next."""
     chain: Words
     """int64[n, 6]: scratch of the walk."""
     histogram: Words
@@ -136,7 +133,6 @@ def new_vcpus(count: int, costs: Costs, seed: int) -> Vcpus:
         *tlb(geometry.l1_2m_mask, geometry.l1_2m_stride),
         *tlb(geometry.stlb_mask, geometry.stlb_stride),
         np.zeros((count, max(slots, LANES)), np.int32),
-        np.zeros((count, max(slots, LANES) // WAYS), np.uint8),
         np.zeros((count, 6), np.int64),
         np.zeros((count, LATENCY_BINS), np.int64),
         np.zeros((count, BUFFER), np.int64),

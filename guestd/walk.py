@@ -15,7 +15,7 @@ not meet its own page-table lines in a cache line by line, their places are expe
 
 from typing import NamedTuple
 
-from guestd.jit import assume, inline, int32, int64
+from guestd.jit import assume, holds4, inline, int32, push4
 from guestd.pml import Pml, set_dirty
 from guestd.tlb import CONTEXT_BITS
 from proto.arrays import Bytes, Ints, Words
@@ -31,11 +31,10 @@ from proto.entry import (
     TABLE_SEEN_SHIFT,
     TABLE_SLOW,
 )
+from proto.units import TABLE_SHIFT
 
 WAYS = 4
-"""Associativity of the paging-structure caches and the nested TLB; their ways are replaced in turn (unpublished)."""
-DIFFERENCE = (1 << 32) - 1
-"""The bits of a difference of tags."""
+"""Associativity of the paging-structure caches and the nested TLB; first in, first out (unpublished)."""
 EPTP_BITS = 3
 EPTP_MASK = (1 << EPTP_BITS) - 1
 
@@ -47,7 +46,8 @@ PRICES = 18
 
 REFS_SHIFT = 48
 """`walk` returns cost in ps, and the number of references above this bit."""
-COST_MASK = (1 << REFS_SHIFT) - 1
+ONE_REF = 1 << REFS_SHIFT
+COST_MASK = ONE_REF - 1
 UNBACKED = -1
 """Result of a walk that met a page-table page that the EPT does not map: an EPT violation."""
 
@@ -105,30 +105,19 @@ class PageTables(NamedTuple):
 
 
 @inline
-def cached(tags: Ints, base: int, mask: int, number: int, key: int) -> bool:
-    """Whether the cache at slot ``base`` holds ``key``, in the set of ``number``."""
+def cached(tags: Ints, base: int, mask: int, number: int, key: int) -> int:
+    """1 if the cache at slot ``base`` holds ``key``, in the set of ``number``; else 0."""
     if mask < 0:
-        return False
-    start = base + (number & mask) * WAYS
-    assume(start >= 0)
-    # A difference of 0 is the only one that turns negative: one test for all ways, as nobody can predict which it is.
-    tag = int64(int32(key))
-    found = (int64(tags[start]) ^ tag) & DIFFERENCE
-    found = (found - 1) | (((int64(tags[start + 1]) ^ tag) & DIFFERENCE) - 1)
-    found |= ((int64(tags[start + 2]) ^ tag) & DIFFERENCE) - 1
-    found |= ((int64(tags[start + 3]) ^ tag) & DIFFERENCE) - 1
-    return bool(found < 0)
+        return 0
+    return holds4(tags, base + (number & mask) * WAYS, int32(key))
 
 
 @inline
-def enter(tags: Ints, turn: Bytes, base: int, mask: int, number: int, key: int) -> None:
-    """Enter ``key``, which the cache does not hold, in the way whose turn it is."""
-    if mask >= 0:
-        start = base + (number & mask) * WAYS
-        assume(start >= 0)
-        way = turn[start >> 2]
-        tags[start + way] = int32(key)
-        turn[start >> 2] = (way + 1) & (WAYS - 1)
+def use(tags: Ints, base: int, mask: int, number: int, key: int) -> int:
+    """The same; ``key`` is entered if it is not there, over the entry of its set that was entered first."""
+    if mask < 0:
+        return 0
+    return push4(tags, base + (number & mask) * WAYS, int32(key))
 
 
 @inline
@@ -144,50 +133,39 @@ def physical_key(number: int, eptp: int) -> int:
 
 
 @inline
-def ept_walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, frame: int, eptp: int,
-             price: Words) -> int:  # fmt: skip
+def ept_walk(tags: Ints, geometry: WalkGeometry, tables: PageTables, frame: int, eptp: int, price: Words) -> int:
     """Walk the EPT to gPA ``frame``; ``references << REFS_SHIFT | cost``. Sets A in the upper entries that it reads."""
     assume(frame >= 0)
-    number = frame >> 9
-    refs = cost = 0
-    more = 1
+    number = frame >> TABLE_SHIFT
+    total = 0
     if (tables.ept_pde[number] & HUGE) == 0:
-        refs, cost = 1, price[PRICE_EPT + 1]
-        key = physical_key(number, eptp)
-        if cached(tags, geometry.ept_pde, geometry.ept_pde_mask, number, key):
-            more = 0
-        else:
-            enter(tags, turn, geometry.ept_pde, geometry.ept_pde_mask, number, key)
-    if more == 1:
-        refs += 1
-        cost += price[PRICE_EPT + 2]
-        tables.ept_pde[number] |= ACCESSED
-        number >>= 9
-        key = physical_key(number, eptp)
-        if not cached(tags, geometry.ept_pdpte, geometry.ept_pdpte_mask, number, key):
-            enter(tags, turn, geometry.ept_pdpte, geometry.ept_pdpte_mask, number, key)
-            refs += 1
-            cost += price[PRICE_EPT + 3]
-            tables.ept_pdpte[number] |= ACCESSED
-            number >>= 9
-            key = physical_key(number, eptp)
-            if not cached(tags, geometry.ept_pml4e, geometry.ept_pml4e_mask, number, key):
-                enter(tags, turn, geometry.ept_pml4e, geometry.ept_pml4e_mask, number, key)
-                refs += 1
-                cost += price[PRICE_EPT + 4]
-                if geometry.ept_levels == 5:
-                    refs += 1
-                    cost += price[PRICE_EPT + 5]
-    return (refs << REFS_SHIFT) + cost
+        total = ONE_REF + price[PRICE_EPT + 1]
+        if use(tags, geometry.ept_pde, geometry.ept_pde_mask, number, physical_key(number, eptp)) == 1:
+            return total
+    total += ONE_REF + price[PRICE_EPT + 2]
+    tables.ept_pde[number] |= ACCESSED
+    number >>= TABLE_SHIFT
+    # Whether the few entries of this cache hit is hard to predict, so nothing jumps on it.
+    miss = 1 - use(tags, geometry.ept_pdpte, geometry.ept_pdpte_mask, number, physical_key(number, eptp))
+    total += miss * (ONE_REF + price[PRICE_EPT + 3])
+    tables.ept_pdpte[number] |= miss * ACCESSED
+    number >>= TABLE_SHIFT
+    key = physical_key(number, eptp)
+    if miss > cached(tags, geometry.ept_pml4e, geometry.ept_pml4e_mask, number, key):
+        use(tags, geometry.ept_pml4e, geometry.ept_pml4e_mask, number, key)
+        total += ONE_REF + price[PRICE_EPT + 4]
+        if geometry.ept_levels == 5:
+            total += ONE_REF + price[PRICE_EPT + 5]
+    return total
 
 
 @inline
-def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, chain: Words, ept: Words, table: int,
+def walk(tags: Ints, geometry: WalkGeometry, tables: PageTables, chain: Words, ept: Words, table: int,
          frame: int, context: int, eptp: int, slow_frames: int, epoch: int, price: Words, pml: Pml, vcpu: int,
          counters: Counters) -> int:  # fmt: skip
     """Walk to a page of leaf table ``table`` (or to its 2 MiB page) whose data lie in gPA ``frame``.
 
-    ``tags``, ``turn``: the vCPU's walk caches, int32[slots] and uint8[slots / 4]; ``chain``: int64[6] scratch.
+    ``tags``: the vCPU's walk caches, int32[slots]; ``chain``: int64[6] scratch.
     ``epoch``: of the EPT, which a table's entry keeps from the last look at the EPT's entry for it, so that a walk
     looks there again only after the host has changed the EPT. Returns ``references << REFS_SHIFT | cost_ps``, or
     UNBACKED; ``chain[5]`` is then the table's gPA frame.
@@ -198,20 +176,20 @@ def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, ch
     # Climb: chain[k] maps the table of level k + 1.
     depth = 0
     chain[0] = table
-    found = False
+    found = 0
     if huge == 0:
         found = cached(tags, geometry.pde, geometry.pde_mask, table, upper_key(table, context))
-    if not found:
+    if found == 0:
         depth = 1
         number = tables.parent[table]
         chain[1] = number
         found = cached(tags, geometry.pdpte, geometry.pdpte_mask, number, upper_key(number, context))
-        if not found:
+        if found == 0:
             depth = 2
             number = tables.parent[number]
             chain[2] = number
             found = cached(tags, geometry.pml4e, geometry.pml4e_mask, number, upper_key(number, context))
-            if not found:
+            if found == 0:
                 depth = 3
                 number = tables.parent[number]
                 chain[3] = number
@@ -220,7 +198,7 @@ def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, ch
                     chain[4] = tables.parent[number]
     total = 0
     at = depth
-    translate = not found
+    translate = found == 0
     result = 0
     while True:
         assume(at >= 0)
@@ -229,7 +207,7 @@ def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, ch
         if translate:
             base = (upper[number] & FRAME_MASK) >> FRAME_SHIFT
             key = physical_key(base, eptp)
-            if not cached(tags, geometry.nested, geometry.nested_mask, base, key):
+            if cached(tags, geometry.nested, geometry.nested_mask, base, key) == 0:
                 if (upper[number] & TABLE_SEEN_MASK) >> TABLE_SEEN_SHIFT != epoch:
                     entry = ept[base]
                     if (entry & PRESENT) == 0:
@@ -240,10 +218,10 @@ def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, ch
                     lies_slow = TABLE_SLOW if ((entry & FRAME_MASK) >> FRAME_SHIFT) >= slow_frames else 0
                     kept = upper[number] & ~(TABLE_SLOW | TABLE_SEEN_MASK)
                     upper[number] = kept | lies_slow | (epoch << TABLE_SEEN_SHIFT)
-                total += ept_walk(tags, turn, geometry, tables, base, eptp, price)
-                enter(tags, turn, geometry.nested, geometry.nested_mask, base, key)
+                total += ept_walk(tags, geometry, tables, base, eptp, price)
+                use(tags, geometry.nested, geometry.nested_mask, base, key)
         slow = 1 if (upper[number] & TABLE_SLOW) != 0 else 0
-        total += (1 << REFS_SHIFT) + price[PRICE_GUEST + 2 * (at + 1) + slow]
+        total += ONE_REF + price[PRICE_GUEST + 2 * (at + 1) + slow]
         if at == huge:
             break
         at -= 1
@@ -253,12 +231,12 @@ def walk(tags: Ints, turn: Bytes, geometry: WalkGeometry, tables: PageTables, ch
     if result == 0:
         # A walk that faults enters nothing; one that does not enters all that it read.
         if depth >= 1 and huge == 0:
-            enter(tags, turn, geometry.pde, geometry.pde_mask, table, upper_key(table, context))
+            use(tags, geometry.pde, geometry.pde_mask, table, upper_key(table, context))
         if depth >= 2:
-            enter(tags, turn, geometry.pdpte, geometry.pdpte_mask, chain[1], upper_key(chain[1], context))
+            use(tags, geometry.pdpte, geometry.pdpte_mask, chain[1], upper_key(chain[1], context))
         if depth >= 3:
-            enter(tags, turn, geometry.pml4e, geometry.pml4e_mask, chain[2], upper_key(chain[2], context))
-        result = total + ept_walk(tags, turn, geometry, tables, frame, eptp, price)
+            use(tags, geometry.pml4e, geometry.pml4e_mask, chain[2], upper_key(chain[2], context))
+        result = total + ept_walk(tags, geometry, tables, frame, eptp, price)
     return result
 
 

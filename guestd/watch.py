@@ -67,7 +67,7 @@ class Watch:
         self._intervals = interval
         for vcpu in range(guest.config.vcpus):
             self._count(vcpu)
-        if running and self.truth is not None:
+        if running and self.truth is not None and (guest.finished or self.truth.due()):
             self._hot_set = self._mark_believed(self.truth)
             self.truth.judge()
         if running and self.heat is not None:

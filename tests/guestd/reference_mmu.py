@@ -67,21 +67,19 @@ class Array(Generic[Value]):
         self.sets = [[None if entry and unwanted(entry[0]) else entry for entry in ways] for ways in self.sets]
 
 
-class Turns:
-    """A small cache of four ways a set that are replaced in turn; with no entries it never hits."""
+class Fifo:
+    """A small cache of four ways a set, first in, first out, newest first; with no entries it never hits."""
 
     def __init__(self, entries: int) -> None:
         self.sets: list[list[tuple[int, object] | None]] = [[None] * 4 for _ in range(entries // 4)]
-        self.turn = [0] * len(self.sets)
 
     def __contains__(self, key: tuple[int, object]) -> bool:
         return bool(self.sets) and key in self.sets[key[0] % len(self.sets)]
 
     def enter(self, key: tuple[int, object]) -> None:
         if self.sets:
-            index = key[0] % len(self.sets)
-            self.sets[index][self.turn[index]] = key
-            self.turn[index] = (self.turn[index] + 1) % 4
+            ways = self.sets[key[0] % len(self.sets)]
+            ways[:] = [key, *ways[:3]]
 
     def drop(self, unwanted: Callable[[int, Any], bool]) -> None:
         self.sets = [[None if entry and unwanted(*entry) else entry for entry in ways] for ways in self.sets]
@@ -115,13 +113,13 @@ class Mmu:
     l1_2m: Array[tuple[int, bool]]
     stlb: Array[tuple[int, bool]]
     ways_2m: int
-    pde: Turns
-    pdpte: Turns
-    pml4e: Turns
-    nested: Turns
-    ept_pde: Turns
-    ept_pdpte: Turns
-    ept_pml4e: Turns
+    pde: Fifo
+    pdpte: Fifo
+    pml4e: Fifo
+    nested: Fifo
+    ept_pde: Fifo
+    ept_pdpte: Fifo
+    ept_pml4e: Fifo
     contexts: list[Context] = field(default_factory=list)
     current: int = 0
     fractured: bool = False
@@ -340,7 +338,7 @@ def new_mmu(machine: Machine, vcpu: int) -> Mmu:
     t, g = machine.tlb_geometry, machine.walk_geometry
     assert not any(getattr(machine.vcpus, name).any() for name in ("l1_tag", "l1_2m_tag", "stlb_tag", "walk_tag"))
     masks = (g.pde_mask, g.pdpte_mask, g.pml4e_mask, g.nested_mask, g.ept_pde_mask, g.ept_pdpte_mask, g.ept_pml4e_mask)
-    pde, pdpte, pml4e, nested, ept_pde, ept_pdpte, ept_pml4e = (Turns(4 * (mask + 1)) for mask in masks)
+    pde, pdpte, pml4e, nested, ept_pde, ept_pdpte, ept_pml4e = (Fifo(4 * (mask + 1)) for mask in masks)
     return Mmu(
         Array(t.l1_mask + 1, t.l1_ways.bit_length()),
         Array(t.l1_2m_mask + 1, t.l1_2m_ways.bit_length()),

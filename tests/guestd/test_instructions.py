@@ -29,19 +29,19 @@ PAGE, OTHER = 5, 600
 def fill(m: Machine, context: int, eptp: int) -> None:
     """Enter PAGE, OTHER, the 2 MiB pages of their tables, the entries above them, and guest-physical mappings."""
     tlb, geometry = tlb_of(m.vcpus, 0), m.walk_geometry
-    tags, turn = m.vcpus.walk_tag[0], m.vcpus.walk_turn[0]
+    tags = m.vcpus.walk_tag[0]
     for page in (PAGE, OTHER):
         hardware.fill_4k(tlb, m.tlb_geometry, page, context, page, 0)
         hardware.fill_2m(tlb, m.tlb_geometry, page >> 9, context, page, 0)
     if m.vcpus.context[0, context, 2] == GLOBAL:
         return  # only leaves are global
     for number in (0, 1, 3):
-        walk.enter(tags, turn, geometry.pde, geometry.pde_mask, number, walk.upper_key(number, context))
-    walk.enter(tags, turn, geometry.pdpte, geometry.pdpte_mask, m.tables.parent[0],
+        walk.use(tags, geometry.pde, geometry.pde_mask, number, walk.upper_key(number, context))
+    walk.use(tags, geometry.pdpte, geometry.pdpte_mask, m.tables.parent[0],
                walk.upper_key(m.tables.parent[0], context))  # fmt: skip
     if context == 0 or eptp == 1:
-        walk.enter(tags, turn, geometry.nested, geometry.nested_mask, 77, walk.physical_key(77, eptp))
-        walk.enter(tags, turn, geometry.ept_pde, geometry.ept_pde_mask, 7, walk.physical_key(7, eptp))
+        walk.use(tags, geometry.nested, geometry.nested_mask, 77, walk.physical_key(77, eptp))
+        walk.use(tags, geometry.ept_pde, geometry.ept_pde_mask, 7, walk.physical_key(7, eptp))
 
 
 @kernel

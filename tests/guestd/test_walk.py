@@ -20,7 +20,7 @@ NAMES = [vma.name for vma in sorted(VMAS, key=lambda vma: vma.start)]
 @kernel
 def _walk(m: Machine, table: int, gpfn: int) -> int:
     vcpus = m.vcpus
-    return mmu.walk(vcpus.walk_tag[0], vcpus.walk_turn[0], m.walk_geometry, m.tables, vcpus.chain[0], m.ept, table,
+    return mmu.walk(vcpus.walk_tag[0], m.walk_geometry, m.tables, vcpus.chain[0], m.ept, table,
                     gpfn, 0, 0, m.state[S.SLOW_FRAMES], m.state[S.EPT_EPOCH], m.price, m.pml, 0,
                     m.counters)  # fmt: skip
 
