@@ -5,7 +5,7 @@ Sizes are kept as declared, before ``scale``; `Experiment.guests` applies it. Ma
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from fleet.spec_values import exact_size, exact_time
+from fleet.weighted_sharing import weighted_shares
 from proto.config import EngineConfig, GuestConfig, GuestKernel, HostConfig, HostKernel, Scalar
 from proto.costs import Costs
 from proto.units import PAGE_SIZE, PS_PER_S
@@ -47,6 +48,8 @@ class Tenant:
     """Stages of the policy that were exchanged: tracker, classifier or migrator -> name."""
     files: tuple[str, ...] = ()
     """Parameters of the workload that name a file."""
+    weight: int = 0
+    """By which its VMs share fast memory with all others that have one; 0 = what they have is their own."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ class Experiment:
         """One config per VM, numbered from 0 through the tenants; the callables name each VM's files."""
         owners = [tenant for tenant in self.tenants for _ in range(tenant.vms)]
         first = list(accumulate((tenant.vcpus for tenant in owners), initial=0))
+        pages = self._pages(owners)
         return [
-            self._guest(vm, tenant, (first[vm], first[-1]), str(log_path(vm)), str(events_path(vm)),
+            self._guest(vm, tenant, pages[vm], (first[vm], first[-1]), str(log_path(vm)), str(events_path(vm)),
                         str(heat_path(vm)) if self.heat else "")
             for vm, tenant in enumerate(owners)
         ]  # fmt: skip
@@ -111,11 +115,22 @@ class Experiment:
         sizes = {name: max(1, int(getattr(self.costs, name) * self.scale)) for name in ("l2_bytes", "llc_bytes")}
         return msgspec.structs.replace(self.costs, **sizes)
 
+    def _pages(self, owners: Sequence[Tenant]) -> list[tuple[int, int]]:
+        """Pages of each VM: all, and fast ones, which those with a weight have pooled."""
+        total = [scaled_pages(tenant.memory_bytes, self.scale) for tenant in owners]
+        fast = [round(pages * tenant.fast_ratio) for pages, tenant in zip(total, owners, strict=True)]
+        sharing = [vm for vm, tenant in enumerate(owners) if tenant.weight]
+        weights = [owners[vm].weight for vm in sharing]
+        shares = weighted_shares([total[vm] for vm in sharing], weights, sum(fast[vm] for vm in sharing))
+        for vm, share in zip(sharing, shares, strict=True):
+            fast[vm] = share
+        return list(zip(total, fast, strict=True))
+
     def _guest(
-        self, vm: int, tenant: Tenant, vcpu_range: tuple[int, int], log_path: str, events_path: str, heat_path: str
-    ) -> GuestConfig:
-        total = scaled_pages(tenant.memory_bytes, self.scale)
-        fast = round(total * tenant.fast_ratio)
+        self, vm: int, tenant: Tenant, pages: tuple[int, int], vcpu_range: tuple[int, int],
+        log_path: str, events_path: str, heat_path: str,
+    ) -> GuestConfig:  # fmt: skip
+        total, fast = pages
         return GuestConfig(
             vm=vm,
             name=f"vm{vm}",
@@ -171,6 +186,7 @@ def _canonical(experiment: Experiment) -> dict[str, Any]:
     for key in ("name", "host_overrides"):
         del plain[key]
     for tenant, source in zip(plain["tenants"], experiment.tenants, strict=True):
+        del tenant["weight"]  # one of policy_params
         for name in tenant.pop("files"):
             path = str(source.workload_params[name])
             tenant["workload_params"][name] = _content_digest(path) if path else ""

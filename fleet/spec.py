@@ -83,6 +83,8 @@ class PolicyKind(Kind, Protocol):
     @property
     def min_fast_ratio(self) -> Fraction: ...
     @property
+    def shares_fast(self) -> bool: ...
+    @property
     def min_run_ps(self) -> Callable[[dict[str, Scalar]], int]: ...
 
 
@@ -288,6 +290,7 @@ class _Resolver:
             transactions=transactions,
             kernel=guest_kernel(kernel),
             files=files,
+            weight=int(policy_params["weight"]) if policy.shares_fast else 0,
         )
 
     def _stage(self, kind: str, given: Given) -> str:

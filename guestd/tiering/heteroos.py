@@ -6,8 +6,9 @@ frames nor page tables, as many at a time as a list takes. A thread of the host 
 exactly that list, with one flush of the whole VM, as it knows no gVA (`guestd.tiering.host_scan`). From the bits that
 come back the guest ranks its pages: of each it knows in which of the last scans it was accessed, the latest weighing
 most, so that their order is about that of their last use (ageing). It migrates what it decides to, on its own vCPUs and
-with its own flushes: first out of the fast node as much as it takes, then into it. Neither period nor sizes were
-published. The host's work is its own CPU, in its accounts of the VM; the policy's stages have the guest's part.
+with its own flushes: first out of the fast node as much as it takes, then into it. VMs share the host's fast memory by
+weight (`fleet.weighted_sharing`). Neither period nor sizes were published. The host's work is its own CPU, in its
+accounts of the VM; the policy's stages have the guest's part.
 """
 
 from typing import NamedTuple
@@ -43,6 +44,10 @@ AGEING_PARAMS = (
 MIGRATE_PARAMS = (
     Param("most_promoted", 4096, "pages", "most pages promoted after a scan", "unpublished: 16 MiB", (), 1, 10_000_000),
 )
+SHARE_PARAMS = (
+    Param("weight", 1, "", "of the VM: the fast memory of all VMs of this design is pooled, and shared in proportion",
+          "unpublished: equal", (), 1, 1_000_000),
+)  # fmt: skip
 
 HISTORIES = 256
 """What a byte of history can be."""
@@ -290,10 +295,12 @@ POLICY = composed(
         summary="placement by type in the guest; the host scans a list that the guest gives it; the guest migrates",
         view="guest",
         source="HeteroOS, ISCA'17; notes on it, as neither code nor full text was at hand",
-        left_out="the weighted sharing of fast memory between VMs (shares are static); types beside page tables, heap "
-        "and other anonymous memory (page cache, slab, network buffers); the host's scan in its stages' CPU (it is in "
-        "the host's account of the VM)",
+        left_out="shares that follow a VM's demand (it is taken to want all of its memory, so weights alone decide); "
+        "types beside page tables, heap and other anonymous memory (page cache, slab, network buffers); the host's "
+        "scan in its stages' CPU (it is in the host's account of the VM)",
         places_by_type=True,
+        shares_fast=True,
+        own_params=SHARE_PARAMS,
         no_gain="the host scans between quanta, in each of which all of a small memory is accessed; with shorter ones "
         "it finds the hot set (tests/guestd/tiering/test_heteroos.py)",
     ),

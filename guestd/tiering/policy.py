@@ -157,6 +157,10 @@ class Policy:
     """First touch puts the workload's truly hot pages on the fast node (the oracle)."""
     places_by_type: bool = False
     """First touch puts page tables, then heaps, then what else is mapped on the fast node, as far as it goes."""
+    shares_fast: bool = False
+    """Its VMs pool their fast memory and share it by their parameter ``weight`` (`fleet.weighted_sharing`)."""
+    own_params: tuple[Param, ...] = ()
+    """Parameters of no stage, where it is made of stages."""
     defaults: Params = field(default_factory=dict)
     """Its own defaults for parameters of its stages."""
     parts: Mapping[Any, Any] = field(default_factory=dict)

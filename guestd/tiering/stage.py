@@ -300,7 +300,7 @@ class Staged(Tiering):
 
 
 def composed(policy: Policy, tracker: Stage, classifier: Stage, migrator: Stage) -> Policy:
-    """``policy`` (name, view, source, ...) made of these stages: their parameters, with its own defaults for them.
+    """``policy`` (name, view, source, ...) made of these stages: its own parameters, and theirs with its defaults.
 
     A parameter that several of them declare alike is one.
 
@@ -308,7 +308,7 @@ def composed(policy: Policy, tracker: Stage, classifier: Stage, migrator: Stage)
     """
     stages: dict[Kind, Stage] = {"tracker": tracker, "classifier": classifier, "migrator": migrator}
     _check(policy, stages)
-    declared = dict.fromkeys(param for stage in stages.values() for param in stage.params)
+    declared = dict.fromkeys([*policy.own_params, *(param for stage in stages.values() for param in stage.params)])
     params = tuple(param._replace(default=policy.defaults.get(param.name, param.default)) for param in declared)
     return replace(
         policy,

@@ -24,6 +24,7 @@ class Kind:
     view = "-"
     fast_share = None
     min_fast_ratio = Fraction(0)
+    shares_fast = False
 
     @staticmethod
     def min_run_ps(params: object) -> int:

@@ -35,6 +35,7 @@ class Kind:
     view: str = "guest"
     fast_share: Fraction | None = None
     min_fast_ratio: Fraction = Fraction(0)
+    shares_fast: bool = False
 
     @staticmethod
     def min_run_ps(params: object) -> int:
