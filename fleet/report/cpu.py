@@ -7,7 +7,7 @@ track, classify and migrate of `guestd.tiering`.
 from collections.abc import Sequence
 
 from fleet.report.figure import Absent, Axis, Figure, Look, Series, positions, values
-from fleet.report.subject import Subject, axes_label
+from fleet.report.subject import Subject, advancing_with, axes_label
 
 STAGES = ("track", "classify", "migrate")
 _KINDS = (("measured", 0), ("modelled", 1))
@@ -20,8 +20,9 @@ def cores_by_vms(found: Sequence[Subject]) -> Figure | Absent:
     if not any("vms" in subject.axes for subject in found):
         return Absent(title, "it takes a sweep with the axis vms")
     lines: dict[str, list[Subject]] = {}
+    along = advancing_with("vms", found)
     for subject in found:
-        lines.setdefault(axes_label(subject.axes, ("vms",)), []).append(subject)
+        lines.setdefault(axes_label(subject.axes, along), []).append(subject)
     series = []
     for index, (label, members) in enumerate(lines.items()):
         members.sort(key=_vms)

@@ -27,6 +27,11 @@ CONFIG: dict[str, Any] = {
 _GREYS = [[0.0, "#e8e8e8"], [0.35, "#fdae6b"], [0.7, "#a63603"], [1.0, "#1a0a00"]]
 """Falls in lightness all the way: dark is busy, in greyscale too."""
 
+_MOST_ABOVE = 12
+"""Series whose names fit above a figure; the legend of more stands beside it, and scrolls."""
+_LEGEND_ABOVE = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"}
+_LEGEND_BESIDE = {"orientation": "v", "x": 1.05, "y": 1, "yanchor": "top", "traceorder": "normal"}
+
 
 def plotly_figure(figure: Figure) -> dict[str, Any]:
     """``{"data": [...], "layout": {...}}`` for ``Plotly.newPlot``; numbers that are none are null."""
@@ -38,17 +43,17 @@ def plotly_figure(figure: Figure) -> dict[str, Any]:
     x, y = _axis(figure.x, figure), _axis(figure.y, figure)
     if figure.horizontal:
         x, y = y, x | {"range": x["range"][::-1]}
-    heat = figure.matrix is not None
+    heat, many = figure.matrix is not None, len(figure.series) > _MOST_ABOVE
     layout = {
         "xaxis": x,
         "yaxis": y,
         "barmode": "overlay" if any(series.base is not None for series in figure.series) else "stack",
         "hovermode": "closest",
         "showlegend": bool(figure.series),
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        "legend": _LEGEND_BESIDE if many else _LEGEND_ABOVE,
         "modebar": {"orientation": "v"},
         "margin": {"l": 80, "r": 40, "t": 20, "b": 60},
-        "height": 560 if heat or len(figure.series) > 12 or len(figure.x.categories) > 16 else 440,
+        "height": 560 if heat or many or len(figure.x.categories) > 16 else 440,
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#111111"},
         "paper_bgcolor": "#ffffff",
         "plot_bgcolor": "#ffffff",

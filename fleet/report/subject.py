@@ -91,6 +91,15 @@ def axes_label(axes: Mapping[str, object], without: tuple[str, ...] = ()) -> str
     return " ".join(parts) or "all"
 
 
+def advancing_with(key: str, found: Sequence[Subject]) -> tuple[str, ...]:
+    """``key`` and the axes that have one value for each of its values, as those have that a sweep zips with it."""
+    values: dict[str, dict[object, set[str]]] = {}
+    for subject in found:
+        for name, value in subject.axes.items():
+            values.setdefault(name, {}).setdefault(subject.axes[key], set()).add(repr(value))
+    return tuple(name for name, by_key in values.items() if all(len(each) == 1 for each in by_key.values()))
+
+
 def cell_label(cell: Cell) -> str:
     """The label of a cell's point, with the repetition where it is not the first."""
     return axes_label(cell.axes) + (f" #{cell.repetition + 1}" if cell.repetition else "")

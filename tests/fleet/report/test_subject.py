@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from fleet.report.cpu import cores_by_vms
+from fleet.report.figure import Figure
 from fleet.report.subject import Spread, axes_label, cell_label, chosen_vms, subjects, typical
 from fleet.sweep.store import Cell, Status
 
@@ -65,3 +67,16 @@ def test_the_largest_cell_of_each_policy_is_typical(tmp_path: Path) -> None:
     assert [cell_label(one) for one in typical(cells)] == ["3 VMs none", "3 VMs h-tpp"]
     # A VM without a policy moves nothing and has no hot set.
     assert [label for *_, label in chosen_vms(cells)] == ["3 VMs h-tpp, vm0"]
+
+
+def test_an_axis_that_is_zipped_with_the_number_of_vms_is_no_line_of_its_own(tmp_path: Path) -> None:
+    cells = [
+        cell(tmp_path, {"vms": vms, "memory": f"{12 // vms}GiB", "policy": policy, "seed": seed}, [0.5] * vms)
+        for vms in (1, 2, 3) for policy in ("g-tpp", "h-tpp") for seed in (1, 2)
+    ]  # fmt: skip
+    figure = cores_by_vms(subjects(cells))
+    assert isinstance(figure, Figure)
+    assert [series.name for series in figure.series] == [
+        f"{policy} seed={seed} (measured)" for policy in ("g-tpp", "h-tpp") for seed in (1, 2)
+    ]
+    assert all(series.x.tolist() == [1, 2, 3] and series.y.tolist() == [0.5, 1, 1.5] for series in figure.series)
