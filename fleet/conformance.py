@@ -71,8 +71,7 @@ def pairs(names: Sequence[str], base: dict[str, object], progress: Progress) -> 
                 groups.append(
                     _fitting(base, policies()[name]) | {"policy": name, "workload": workload, "set": settings}
                 )
-        progress(0, len(groups), f"{len(groups)} VMs")
-        summary = _run(groups)
+        summary = _run(groups, lambda line: progress(0, len(groups), line))
         progress(len(groups), len(groups), "")
     return {(vm["policy"], vm["workload"]): vm for vm in summary["vms"]}
 
@@ -103,20 +102,27 @@ def _judge(policy: Policy, summary: dict[str, Any], acted: bool) -> Verdict:
     return Verdict(policy.name, vm, broken)
 
 
-def _run(groups: Sequence[dict[str, object]]) -> dict[str, Any]:
-    """The summary of one fleet, run by the command line. Raises ConformanceError with what it said."""
+def _run(groups: Sequence[dict[str, object]], tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """The summary of one fleet, run by the command line; ``tell`` hears what it says meanwhile.
+
+    Raises ConformanceError with the last that it said.
+    """
     with tempfile.TemporaryDirectory(prefix="fleet-conformance-") as folder:
-        spec = Path(folder) / "spec.toml"
+        spec, out = Path(folder) / "spec.toml", Path(folder) / "out"
         spec.write_text("".join(_group(group) for group in groups), "utf-8")
-        command = [sys.executable, "-m", "fleet", "run", str(spec), "--json", "--out", str(Path(folder) / "out")]
+        command = [sys.executable, "-m", "fleet", "run", str(spec), "--json", "--out", str(out)]
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-        )
-        if not done.stdout:
-            said = done.stderr.strip().splitlines()
-            raise ConformanceError(said[-1] if said else f"fleet run ended with exit code {done.returncode}")
-        return json.loads(done.stdout)
+        said = ""
+        with subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as run:
+            assert run.stderr is not None
+            for line in filter(None, map(str.strip, run.stderr)):
+                said = line
+                tell(line)
+        if not (out / "summary.json").is_file():
+            raise ConformanceError(said or f"fleet run ended with exit code {run.returncode}")
+        return json.loads((out / "summary.json").read_text("utf-8"))
 
 
 def _group(group: dict[str, object]) -> str:
