@@ -4,12 +4,15 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fleet.errors import SpecError
 from fleet.names import unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def conformance(
@@ -37,23 +40,30 @@ def conformance(
         raise SpecError(unknown("policy", wrong[0], policies()))
     with _progress("alone") as progress:
         verdicts = alone(names, {"memory": memory, "vcpus": vcpus}, seconds, progress)
+    if not as_json:
+        _print_alone(verdicts, memory)
     with _progress("with every workload") as progress:
-        table = pairs(names, {"memory": pair_memory, "vcpus": 1, "seconds": 0.2}, progress)
+        table = pairs(names, {"memory": pair_memory, "vcpus": 1}, progress)
     bad = {pair: vm for pair, vm in table.items() if vm["outcome"] != "ok" or vm["integrity"]["mismatches"]}
     if as_json:
         rows = [{"policy": one.policy, "broken": one.broken, "vm": one.vm} for one in verdicts]
         grid = [{"policy": key[0], "workload": key[1], "ok": key not in bad, "vm": vm} for key, vm in table.items()]
         sys.stdout.write(json.dumps({"alone": rows, "pairs": grid}) + "\n")
     else:
-        _print(verdicts, table, memory, pair_memory)
+        _print_pairs(table, pair_memory)
     raise typer.Exit(1 if bad or any(one.broken for one in verdicts) else 0)
 
 
-def _print(verdicts: list[Any], table: dict[tuple[str, str], dict[str, Any]], memory: str, pair_memory: str) -> None:
+def _console() -> "Console":
     from rich.console import Console
+
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+
+
+def _print_alone(verdicts: list[Any], memory: str) -> None:
     from rich.table import Table
 
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+    console = _console()
     console.print(f"each policy alone, GUPS, {memory}:", markup=False)
     laws = Table(box=None, pad_edge=False)
     for heading in ("policy", "fast %", "at random %", "CPU, cores", "pages up", "down", "mismatches"):
@@ -70,6 +80,12 @@ def _print(verdicts: list[Any], table: dict[tuple[str, str], dict[str, Any]], me
                      str(vm["migration"]["demoted_pages"]), str(vm["integrity"]["mismatches"]),
                      "; ".join(one.broken) or "ok")  # fmt: skip
     console.print(laws)
+
+
+def _print_pairs(table: dict[tuple[str, str], dict[str, Any]], pair_memory: str) -> None:
+    from rich.table import Table
+
+    console = _console()
     console.print(
         f"\nevery policy with every workload, {pair_memory}: mismatches / million accesses checked", markup=False
     )
@@ -96,7 +112,9 @@ def _progress(what: str) -> "Iterator[Any]":
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield lambda done, total, label: console.print(f"{what}: {done} of {total} {label}", markup=False)
+        yield lambda done, total, label: console.print(
+            f"{what}: {done} of {total} {label}", markup=False, soft_wrap=True
+        )
         return
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(what)
