@@ -22,6 +22,8 @@ DAMPING_PS = 20 * PS_PER_MS
 _MICRO = 1_000_000
 MOST = 1 << 40
 """Bytes: more is not believed of a VM and a quantum. Sums over all VMs fit int64."""
+ROOM_SHARE = 16
+"""Of each ceiling a sixteenth at most is kept for VMs that ask for nothing, so that one that wakes up has room."""
 FAST_READ, SLOW_READ, FAST_WRITE, SLOW_WRITE = 0, 1, 2, 3
 """Order of bandwidth vectors: direction, then tier, as the engine keeps its budget."""
 
@@ -110,14 +112,16 @@ class Contention:
     def budgets(self, vms: list[int], quantum_ps: int) -> dict[int, tuple[int, int, int, int]]:
         """Bytes that each running VM may still ask for: max-min fair shares of each ceiling.
 
-        Who used up its last budget is taken to want all of it; what nobody wants is shared out equally, so that a VM
-        that wakes up has room. What waits from quanta before comes off first.
+        Who used up its last budget is taken to want all of it. Who did not may have been stopped by another one, of
+        which an access needs two or three at once; so what it is taken to want falls by half a quantum at most, and
+        never to nothing. What nobody wants is shared out equally. What waits from quanta before comes off first.
         """
         wrote = self._demand[vms, FAST_WRITE:] > 0
         self.writers = [int(threads) for threads in self._vcpus[vms] @ wrote]
         ceiling = self.ceiling(quantum_ps)
-        hungry = self._demand[vms] >= self._given[vms]
-        want = np.where(hungry, ceiling, np.minimum(self._demand[vms], ceiling))
+        demand, given = self._demand[vms], self._given[vms]
+        want = np.where(demand >= given, ceiling, np.maximum(demand, given // 2))
+        want = np.clip(want, ceiling // (ROOM_SHARE * len(vms)), ceiling)
         for i in range(4):
             self._given[vms, i] = _max_min_fair(want[:, i], int(ceiling[i]))
         free = self._given[vms] - self._queue[vms]

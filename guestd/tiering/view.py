@@ -134,6 +134,8 @@ class PageView(Observations):
         Returns bool[n], false where there was no frame or the page was already there. Content moves along. A huge page
         needs a free block; without one it stays (`thp_migration_fail`), and may be `split`.
         """
+        if not pages.size:
+            return np.zeros(0, np.bool_)
         heads = self.heads(pages)
         if (heads == pages).all():
             return self._move(pages, node, keep, sync, protect, copied)
@@ -202,6 +204,8 @@ class PageView(Observations):
 
         Where the sizes do not come out even, as many huge pages are `split` as it takes.
         """
+        if not (slow_pages.size and fast_pages.size):
+            return slow_pages[:0], fast_pages[:0]
         sides: list[tuple[Words, Words]] = []
         for pages in (slow_pages, fast_pages):
             heads = self.heads(pages)

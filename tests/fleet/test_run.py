@@ -196,8 +196,8 @@ def test_the_digest_does_not_depend_on_the_machine(spec: Path, every_design: dic
 
 BUSY_AGENTS = """
 memory = "64MiB"
-vcpus = 4
-seconds = 3.5
+vcpus = 2
+seconds = 1.5
 seed = 1
 [[group]]
 policy = "g-tpp"
