@@ -136,10 +136,13 @@ def test_who_needs_several_budgets_at_once_is_not_starved_by_those_who_take_all_
         budgets = contention.budgets(everyone, QUANTUM)
         for vm in everyone[1:]:
             contention.settle(vm, np.array(budgets[vm]))
-        # The access that uses a budget up goes beyond it.
+        # The access that uses a budget up goes beyond it. Before `late` it asks of one ceiling only.
         fit = min(-(-budgets[0][i] // costs_of[i]) for i in needed)
         accesses = max(0, fit) if quantum >= late else 0
-        contention.settle(0, np.array([accesses * cost for cost in costs_of]))
+        asked = np.array([accesses * cost for cost in costs_of])
+        if quantum < late:
+            asked[needed[0]] = budgets[0][needed[0]]
+        contention.settle(0, asked)
         done += accesses
     fair = min(int(contention.ceiling(QUANTUM)[i]) // (others + 1) // costs_of[i] for i in needed)
     assert done >= (quanta - late) * fair // 3
