@@ -27,6 +27,7 @@ Progress = Callable[[int, int, str], None]
 """``progress(done, total, label)``"""
 STAGES = ("track", "classify", "migrate")
 PAIR_S = 0.2
+"""Virtual time that a pair runs beyond what its policy needs to act."""
 
 
 class ConformanceError(FleetError):
@@ -59,10 +60,7 @@ def alone(names: Sequence[str], base: dict[str, object], seconds: int, progress:
 
 
 def pairs(names: Sequence[str], base: dict[str, object], progress: Progress) -> dict[tuple[str, str], dict[str, Any]]:
-    """(policy, workload) -> its VM's part of summary.json; every pair a VM of one fleet.
-
-    Each runs for `PAIR_S` more than its policy needs to act.
-    """
+    """(policy, workload) -> its VM's part of summary.json; every pair a VM of one fleet."""
     with tempfile.TemporaryDirectory(prefix="fleet-conformance-") as folder:
         trace = tiny_trace(Path(folder) / "small.trace")
         groups = []
