@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fleet.spec_params import ENGINE_PARAMS, GUEST_PARAMS, HOST_PARAMS
-from guestd.params import Param
+from guestd.params import Param, resolve
 from guestd.tiering.policy import Policy
 from guestd.tiering.registry import BUILT_IN
+from proto.units import PAGE_SIZE, format_bytes, format_time
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs"
 
@@ -19,6 +20,8 @@ _VIEWS = {
     "host": "host: gPA to hPA, through the EPT",
     "-": "none: it manages nothing",
 }
+_GAIN_SIZES = (256 << 20, 16 << 30)
+"""Sizes of memory for which a page says how soon its policy gains, bytes."""
 _HEAD = """\
 # Policies
 
@@ -72,12 +75,21 @@ def _section(policy: Policy) -> str:
         *(stages or (f"- {stage}: {what}" for stage, what in policy.stages.items() if what != "-")),
         *([f"- never published, so chosen here: {', '.join(unpublished)}"] if unpublished else []),
         *([f"- left out: {policy.left_out}"] if policy.left_out else []),
-        *([f"- need not beat random placement: {policy.no_gain}"] if policy.no_gain else []),
+        *([f"- need not beat random placement: {policy.no_gain}"] if policy.no_gain else _gains(policy)),
         "",
     ]
     if not policy.params:
         return "\n".join([*parts, "No parameters.\n"])
     return "\n".join([*parts, _param_table(policy.params)])
+
+
+def _gains(policy: Policy) -> list[str]:
+    params = resolve(policy.params, {})
+    times = [policy.gains_ps(params, size // PAGE_SIZE) for size in _GAIN_SIZES]
+    at = " and ".join(
+        f"{format_time(time)} at {format_bytes(size)}" for size, time in zip(_GAIN_SIZES, times, strict=True)
+    )
+    return [f"- beats random placement of a static hot set within, of virtual time: {at}"] if any(times) else []
 
 
 def _param_table(params: Sequence[Param]) -> str:

@@ -301,8 +301,8 @@ POLICY = composed(
         places_by_type=True,
         shares_fast=True,
         own_params=SHARE_PARAMS,
-        no_gain="the host scans between quanta, in each of which all of a small memory is accessed; with shorter ones "
-        "it finds the hot set (tests/guestd/tiering/test_heteroos.py)",
+        no_gain="between two scans of a page, a second or more apart, GUPS accesses cold pages, too, so that A bits "
+        "say nothing; with shorter ones it finds the hot set (tests/guestd/tiering/test_heteroos.py)",
     ),
     HOST_SCAN_LIST,
     AGEING,

@@ -17,7 +17,7 @@ from guestd.tiering.stage import SAMPLES, Classifier, Evidence, Migrator, Stage,
 from guestd.tiering.view import PageView
 from proto.arrays import Words
 from proto.counters import C
-from proto.units import PAGE_SHIFT, PS_PER_MS
+from proto.units import PAGE_SHIFT, PS_PER_MS, PS_PER_US
 
 TRACKER_PARAMS = (
     Param("event", "load-latency", "", "loads that are sampled: above a latency threshold, or LLC misses of each tier",
@@ -58,6 +58,8 @@ SWAP_PARAMS = (
 )  # fmt: skip
 
 _SPACE_END = 1 << 47
+_MOST_SPLITS = 25
+"""From half of the address space to 2 MiB."""
 _BETWEEN = 0x6AAA_AAA0_0000
 """Where the heap's range, growing up, ends and the mmap region's, growing down, begins."""
 _GIB = 1 << 30
@@ -257,6 +259,8 @@ POLICY = composed(
         view="guest",
         source="seed; Demeter, SOSP'25",
         left_out="the blacklist of pages that failed to move, file pages, the duty-cycle throttle (off by default)",
+        # A range is halved once an epoch, from half of the address space down; then the hot ones move.
+        gains_ps=lambda params, pages: _MOST_SPLITS * int(params["epoch_ms"]) * PS_PER_MS + pages * PS_PER_US,
     ),
     PEBS_AT_CONTEXT_SWITCH,
     RANGE_TREE,

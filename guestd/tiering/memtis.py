@@ -20,7 +20,7 @@ from guestd.tiering.stage import SAMPLES, Migrator, Stage, Tracker, composed
 from guestd.tiering.view import PageView
 from proto.arrays import Words
 from proto.counters import C
-from proto.units import PAGE_SHIFT, PAGE_SIZE, PS_PER_MS, TABLE_PAGES
+from proto.units import PAGE_SHIFT, PAGE_SIZE, PS_PER_MS, PS_PER_US, TABLE_PAGES
 
 LOAD_PERIODS = (199, 293, 401, 499, 599, 701, 797, 907, 997, 1201, 1399, 1601, 1801, 1999, 2503, 3001, 3499, 4001, 4507,
                 4999, 6007, 7001, 7993, 9001, 10007, 12007, 13999, 16001, 17989, 19997)  # fmt: skip
@@ -265,6 +265,8 @@ POLICY = composed(
         source="Memtis, SOSP'23; cosmoss-jigu/memtis",
         left_out="samples lost to a contended mmap_lock; quota 0, with which ksampled never sleeps; limits per memcg "
         "(the node is the limit); dropping sub-pages that were never written; file pages",
+        # Ten wake-ups to tell hot from cold, and a microsecond of time for each page of memory to move the hot ones in.
+        gains_ps=lambda params, pages: 10 * int(params["kmigrated_ms"]) * PS_PER_MS + pages * PS_PER_US,
     ),
     PEBS_KSAMPLED,
     HISTOGRAM,

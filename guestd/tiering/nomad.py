@@ -18,7 +18,7 @@ from guestd.params import Param
 from guestd.tiering.copies import CopyView
 from guestd.tiering.policy import Params, Policy
 from guestd.tiering.stage import Evidence, Migrator, Stage, composed
-from guestd.tiering.tpp import HINT_FAULTS, FaultRanked
+from guestd.tiering.tpp import HINT_FAULTS, FaultRanked, gains_ps
 from guestd.tiering.view import PageView
 from proto.arrays import Ints, Mask, Words
 from proto.counters import C
@@ -237,6 +237,7 @@ POLICY = composed(
         source="Nomad, OSDI'24; lingfenghsiang/Nomad",
         left_out="huge pages, which move as in TPP but by the worker; the retry of pages with several mappings; the "
         "kernel's LRU add batches (pagevecs)",
+        gains_ps=gains_ps,
     ),
     HINT_FAULTS,
     LOOK_BACK,

@@ -146,6 +146,9 @@ class Policy:
     """What of the published design is not here, in words."""
     no_gain: str = ""
     """Why it need not beat random placement on a static hot set; empty = it must (tests/guestd/tiering)."""
+    gains_ps: Callable[[Params, int], int] = field(default=lambda params, pages: 0)
+    """Virtual time, with these parameters and so many pages of memory, by which a static hot set of a tenth of them
+    that began in slow memory is placed better than at random. `fleet conformance` holds it to that."""
     logs_dirty: bool = False
     """It needs the log of dirty pages (PML), and harvests it itself: it is on for its VMs, whatever the host says."""
     flat_memory: bool = False

@@ -310,6 +310,11 @@ POLICY = composed(
         source="RAMinate, SoCC'16",
         left_out="the daemon that gets dirty pages from the kernel's thread: both are one thread; memory whose writes "
         "cost more than this slow tier's",
+        # Pages have to rise in the queues; then a fiftieth of memory is swapped in batches (a tenth is hot).
+        gains_ps=lambda params, pages: (
+            (int(params["life_ms"]) + -(-pages // (50 * int(params["most_pairs"]))) * int(params["swap_ms"]))
+            * PS_PER_MS
+        ),
     ),
     EPT_DIRTY_SCAN,
     CORKED_MULTI_QUEUE,

@@ -42,10 +42,20 @@ PERIOD_SLOTS, PERIOD_THRESHOLD = 10, 7
 """NUMA_PERIOD_SLOTS and NUMA_PERIOD_THRESHOLD: slow down from 7 tenths of private or local faults on."""
 THROTTLE = 32
 """A pass is followed by at least 32 times its own run time (task_tick_numa: node_stamp += 32 * diff)."""
+GAIN_PASSES = 6
+"""Passes over all memory by which it has to have gained: two until a page counts as active; and a page faults once in a
+pass, in which it finds room or not."""
 _UNSORTED = 65536
 """Entries that may wait before equal ones are dropped."""
 SKIP = 8
 """Virtual space passed over in one pass, in scan sizes, where nothing was to be changed."""
+
+
+def gains_ps(params: Params, pages: int) -> int:
+    """See `Policy.gains_ps`, of a design that finds its pages by hint faults."""
+    least = int(params["scan_period_min_ms"]) * PS_PER_MS
+    scan = pages * PS_PER_S // (MAX_SCAN_WINDOW_MB * _MB >> PAGE_SHIFT)
+    return int(params["scan_delay_ms"]) * PS_PER_MS + GAIN_PASSES * max(least, scan)
 
 
 class HintFaults(Tracker):
@@ -296,6 +306,7 @@ G_TPP = composed(
         view="guest",
         source="TPP, ASPLOS'23; patches on Linux 5.15",
         left_out="file pages, direct reclaim, the second node of a CPU; per-task scan state (one for all threads)",
+        gains_ps=gains_ps,
     ),
     HINT_FAULTS,
     ACTIVE_LRU,
@@ -308,6 +319,7 @@ H_TPP = composed(
         view="host",
         source="seed; TPP over KVM's MMU notifier",
         left_out="what g-tpp leaves out; competition of VMs for one node (each has its share)",
+        gains_ps=gains_ps,
     ),
     HINT_FAULTS,
     ACTIVE_LRU,

@@ -19,7 +19,7 @@ from guestd.mm.nodes import FAST, NO_PAGE, WMARK_HIGH, WMARK_LOW, WMARK_PROMO
 from guestd.params import Param
 from guestd.tiering.policy import Params, Policy
 from guestd.tiering.stage import FAULT_AGES, FAULTS, Evidence, Stage, composed
-from guestd.tiering.tpp import HINT_FAULTS, FaultRanked, InFault
+from guestd.tiering.tpp import HINT_FAULTS, FaultRanked, InFault, gains_ps
 from guestd.tiering.view import PageView
 from proto.arrays import Mask, Words
 from proto.counters import C
@@ -179,6 +179,7 @@ POLICY = composed(
         view="guest",
         source="Linux 6.3, kernel.numa_balancing = 2",
         left_out="direct reclaim; file pages; that pages for which the threshold was bypassed are no candidates",
+        gains_ps=gains_ps,
     ),
     HINT_FAULTS,
     FAULT_LATENCY,

@@ -318,8 +318,9 @@ POLICY = composed(
         source="vTMM, EuroSys'23; notes on it, as neither code nor full text was at hand",
         left_out="moving shares of fast memory between VMs; the work of its module in the guest (a message for each "
         "new page table); the weight of writes",
-        no_gain="a window is no shorter than a quantum, in which all of a small memory is accessed; with shorter "
-        "ones it finds the hot set (tests/guestd/tiering/test_vtmm.py)",
+        no_gain="a window is no shorter than a quantum, in which all of a small memory is accessed (with shorter ones "
+        "it finds the hot set: tests/guestd/tiering/test_vtmm.py); in a large one copy_batch, which is unpublished, "
+        "caps it at 512 pages a window",
     ),
     PML_WINDOW_SCAN,
     TEMPERATURE,

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from fleet.conformance import _judge
+from fleet.conformance import _end_fast_ratio, _judge
 from guestd.tiering.registry import policies
 from guestd.workloads.registry import workloads
 
@@ -22,13 +23,25 @@ def conformance(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(300)
 def test_a_policy_is_run_alone_and_with_every_workload() -> None:
     done = conformance(
-        "hyperplace", "--memory", "16MiB", "--vcpus", "1", "--seconds", "1", "--pair-memory", "16MiB", "--json"
+        "hyperplace",
+        "--memory",
+        "16MiB",
+        "--vcpus",
+        "1",
+        "--seconds",
+        "1",
+        "--longest",
+        "1",
+        "--pair-memory",
+        "16MiB",
+        "--json",
     )
     assert done.returncode in (0, 1), done.stderr
     found = json.loads(done.stdout)
     (one,) = found["alone"]
     assert one["policy"] == "hyperplace"
     assert one["vm"]["integrity"]["mismatches"] == 0
+    assert one["excuse"] == "gains after 17 virtual s"
     assert {pair["workload"] for pair in found["pairs"]} == set(workloads())
     assert all(pair["ok"] for pair in found["pairs"])
 
@@ -44,10 +57,42 @@ def test_what_breaks_a_law_is_named() -> None:
     }
     tiers = [{"name": "DDR", "peak": 11, "frames": 10}]
     summary = {"errors": [], "vms": [vm], "host": {"tiers": tiers}}
-    broken = _judge(policies()["hyperplace"], summary, True).broken
+    broken = _judge(policies()["hyperplace"], summary, _series([50] * 4), "").broken
     for number, word in enumerate(("content", "DDR", "migrate", "at random")):
         assert word in broken[number]
     assert len(broken) == 4
+    excused = _judge(policies()["hyperplace"], summary, _series([50] * 4), "gains after 90 virtual s")
+    assert len(excused.broken) == 3
+    assert excused.excuse == "gains after 90 virtual s"
+
+
+def _series(fast: list[int]) -> pa.Table:
+    """Rows of timeseries.parquet, a second each with 1000 accesses, after 2 s of populating."""
+    return pa.table({
+        "time_s": [2.0, *(3.0 + second for second in range(len(fast)))],
+        "phase": ["populate"] + ["run"] * len(fast),
+        "access.fast": [500, *fast],
+        "access.total": [1000] * (1 + len(fast)),
+    })  # fmt: skip
+
+
+def test_the_gain_is_that_of_the_last_quarter() -> None:
+    assert _end_fast_ratio(_series([0, 100, 0, 0, 0, 0, 400, 600])) == 0.5
+    assert _end_fast_ratio(_series([300])) == 0.3
+    assert _judge_gain([0] * 6 + [400, 600]) == []
+    assert "50.0% at the end; at random it would be 60.0%" in _judge_gain([0] * 6 + [400, 600], random=0.6)[0]
+
+
+def _judge_gain(fast: list[int], random: float = 0.2) -> list[str]:
+    cpu = {"track": 1.0, "classify": 1.0, "migrate": 1.0}
+    vm = {
+        "outcome": "ok",
+        "integrity": {"mismatches": 0},
+        "agent_cpu": {"modelled_s": cpu, "measured_s": cpu},
+        "memory": {"fast_bytes": 1000 * random, "total_bytes": 1000},
+    }
+    summary = {"errors": [], "vms": [vm], "host": {"tiers": []}}
+    return _judge(policies()["hyperplace"], summary, _series(fast), "").broken
 
 
 def test_an_unknown_policy_is_refused() -> None:
