@@ -28,6 +28,8 @@ from proto.units import PAGE_SHIFT, PAGE_SIZE, TABLE_PAGES, TABLE_SHIFT
 
 Operations = np.ndarray[tuple[int], np.dtype[np.void]]
 """OPERATION[n]"""
+_MOST_RUNS = 64
+"""Sorted runs of operations that may wait before they are merged."""
 PUD_PAGES = 1 << 18
 """change_pmd_range notifies once per PUD-sized range: 1 GiB of 4 KiB pages (mm/mprotect.c)."""
 
@@ -90,6 +92,11 @@ def _move_now(ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Wor
         give_free(nodes, frames[i])
 
 
+def _in_order(operations: Operations) -> Operations:
+    """Stably sorted by time."""
+    return operations[np.argsort(operations["time_ps"], kind="stable")]
+
+
 class HostView(PageView):
     """See the module. ``in_fault``: the VM waits for the answer to an EPT fault.
 
@@ -125,7 +132,7 @@ class HostView(PageView):
         records["time_ps"], records["kind"], records["flags"] = times, kind, flags
         records["a"], records["b"] = a, b
         records["hold_ps"], records["busy_ps"] = self._request_ps(), busy_ps
-        self.operations.append(records)
+        self.operations.append(records if (times[1:] >= times[:-1]).all() else _in_order(records))
 
     def stall(self, vcpu: int, start_ps: int, duration_ps: int) -> None:
         """The VM's thread for ``vcpu`` does the host's work (task context) instead of running the guest."""
@@ -135,11 +142,12 @@ class HostView(PageView):
         """Operations due before ``until_ps``, in order of time; later ones stay."""
         if not self.operations:
             return b""
-        pending = np.concatenate(self.operations)
-        pending = pending[np.argsort(pending["time_ps"], kind="stable")]
-        due = int(np.searchsorted(pending["time_ps"], until_ps))
-        self.operations[:] = [pending[due:]] if due < pending.size else []
-        return pending[:due].tobytes()
+        cuts = [int(np.searchsorted(run["time_ps"], until_ps)) for run in self.operations]
+        due = np.concatenate([run[:cut] for run, cut in zip(self.operations, cuts, strict=True)])
+        left = [run[cut:] for run, cut in zip(self.operations, cuts, strict=True) if cut < run.size]
+        # A busy thread's operations reach far ahead, and each barrier comes by here: few runs, seldom merged.
+        self.operations[:] = left if len(left) <= _MOST_RUNS else [_in_order(np.concatenate(left))]
+        return _in_order(due).tobytes()
 
     def settle(self, now_ps: int) -> None:
         """The VM has come to ``now_ps``: moves due before that were executed and leave their old frames free."""

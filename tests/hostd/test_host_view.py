@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fleet.in_process import private_memory
 from guestd.mm.nodes import F_BUSY, FAST, INACTIVE, NO_PAGE, SLOW
@@ -30,6 +32,28 @@ def vm(costs: Costs) -> Vm:
 
 def taken(view: HostView, until_ps: int = PS_PER_S) -> np.ndarray[tuple[int], np.dtype[np.void]]:
     return np.frombuffer(view.take_operations(until_ps), OPERATION)
+
+
+@given(quanta=st.lists(st.lists(st.integers(0, 40), max_size=100), max_size=6), step=st.integers(1, 20))
+def test_operations_come_out_in_order_of_time_and_then_of_asking(
+    costs: Costs, quanta: list[list[int]], step: int
+) -> None:
+    """However far ahead of its barrier each is due; those of one time stay in their order."""
+    config = small_guest(costs, "h-tpp", pages=PAGES, fast=512)
+    view = Vm(config, policies()["h-tpp"], private_memory(config)).view
+    waiting: list[tuple[int, int]] = []
+    asked = 0
+    for barrier, times in enumerate([*quanta, [], []]):
+        for time in times:
+            view.stall(0, time, asked)
+            waiting.append((time, asked))
+            asked += 1
+        until = 100 if barrier == len(quanta) + 1 else step * (barrier + 1)
+        due = sorted(entry for entry in waiting if entry[0] < until)
+        found = taken(view, until)
+        assert list(zip(found["time_ps"].tolist(), found["b"].tolist(), strict=True)) == due
+        waiting = [entry for entry in waiting if entry[0] >= until]
+    assert view.take_operations(1 << 60) == b""
 
 
 def test_a_young_page_costs_a_flush_of_its_own_one_after_the_other(vm: Vm, costs: Costs) -> None:
