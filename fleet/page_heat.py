@@ -1,8 +1,8 @@
 """``heat.parquet`` and its picture: which 2 MiB of gVA, gPA and hPA a VM's accesses went to, interval by interval.
 
-A row per VM, sampling interval, space and bin that was accessed in the run phase (`guestd.heat`). The picture shows the
-three spaces of a VM side by side, for as many VMs as fit on a page: hot data that lie together in gVA and apart in gPA
-and hPA are why a range tree over gVA needs few ranges.
+A row per VM, sampling interval of the run phase, space and bin that was accessed or in the policy's hot set
+(`guestd.heat`). The picture shows the three spaces of a VM side by side, for as many VMs as fit on a page: hot data
+that lie together in gVA and apart in gPA and hPA are why a range tree over gVA needs few ranges.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         ("space", pa.dictionary(pa.int8(), pa.string())),
         ("address", pa.int64()),
         ("accesses", pa.int64()),
+        ("hot_pages", pa.int64()),
     ]
 )
 BIN_BYTES = 1 << 21
@@ -61,7 +62,7 @@ def merge(parts: Iterable[Path], target: Path) -> int:
 
 
 def _rows(records: npt.NDArray[np.void]) -> pa.Table:
-    columns = {name: np.ascontiguousarray(records[name]) for name in ("vm", "address", "accesses")}
+    columns = {name: np.ascontiguousarray(records[name]) for name in ("vm", "address", "accesses", "hot_pages")}
     columns["time_s"] = records["time_ps"] / PS_PER_S
     columns["space"] = pa.DictionaryArray.from_arrays(records["space"].astype(np.int8), pa.array(HEAT_SPACES))
     return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
@@ -72,7 +73,7 @@ def draw(summary: Mapping[str, Any], table: Path, target: Path) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    heat = pq.read_table(table)
+    heat = pq.read_table(table, filters=[("accesses", ">", 0)])
     vms = [vm for vm in chosen_vms(summary["vms"], MOST_VMS) if pc.any(pc.equal(heat["vm"], vm["id"])).as_py()]
     if not vms:
         return False

@@ -3,7 +3,8 @@
 A program's hot data are neighbours in gVA. First touch, reclaim and migration put them into frames that are none, so
 that ranges of gPA, and ranges of hPA even more, mix hot and cold. Each access of the run phase is counted in the 2 MiB
 bin of each of its three addresses, as the page tables stand when its block of accesses has been executed; a page that
-the host has swapped out by then is in no bin of hPA. hPA is an address within the VM's window of frames: fast ones
+the host has swapped out by then is in no bin of hPA. At the end of an interval the pages of the policy's hot set are
+counted in the same bins. hPA is an address within the VM's window of frames: fast ones
 first, slow ones from the VM's size on. The addresses of each PEBS record go into a range tree for each space, with the
 parameters of the stage `range-tree`; the roots are the VMAs' span, both guest nodes, and both tiers. Without sampling
 there are no trees. It is all the emulator's own: no virtual time, and no agent's CPU.
@@ -21,7 +22,7 @@ from guestd.params import resolve
 from guestd.tiering.hyperplace import RANGE_TREE
 from guestd.tiering.policy import Policy
 from guestd.tiering.range_tree import COUNT, END, START, RangeTree
-from proto.arrays import Words
+from proto.arrays import Bytes, Words
 from proto.config import GuestConfig
 from proto.entry import FRAME_MASK, FRAME_SHIFT, WRITABLE
 from proto.layout import HEAT, HEAT_SPACES
@@ -46,10 +47,10 @@ def count_bins(address: Words, start: int, end: int, gpt: Words, ept: Words, gva
 
 
 @kernel
-def count_mapped(gpt: Words, ept: Words, gva: Words, gpa: Words, hpa: Words) -> None:
-    """Count the workload's pages that are mapped in the bins of each space."""
+def count_mapped(gpt: Words, ept: Words, chosen: Bytes, gva: Words, gpa: Words, hpa: Words) -> None:
+    """Count the workload's mapped pages of ``chosen`` (uint8[pages]; empty: all) in the bins of each space."""
     for page in range(gpt.size):
-        if gpt[page] != 0:
+        if gpt[page] != 0 and (chosen.size == 0 or chosen[page] != 0):
             gpfn = (gpt[page] & FRAME_MASK) >> FRAME_SHIFT
             gva[page >> TABLE_SHIFT] += 1
             gpa[gpfn >> TABLE_SHIFT] += 1
@@ -81,6 +82,7 @@ class Space:
         self.addresses = addresses
         self.heat = np.zeros(addresses.size, np.int64)
         self.mapped = np.zeros(addresses.size, np.int64)
+        self.hot = np.zeros(addresses.size, np.int64)
         self.tree = tree
         self.accesses = self.in_ranges = self.in_bins = self.hot_ranges = 0
         """Accesses of the run; those in the top ranges, and in the hottest bins; the last interval's top ranges."""
@@ -174,19 +176,24 @@ class PageHeat:
                         merge_after=int(self._tree_params["merge_after"]),
                     )
 
-    def close_interval(self, now_ps: int) -> None:
-        """A sampling interval ends: write its heat, and see what each space's best ranges hold of it."""
-        machine = self._machine
+    def close_interval(self, now_ps: int, believed: Bytes) -> None:
+        """A sampling interval ends: write its heat, and see what each space's best ranges hold of it.
+
+        ``believed``: uint8[pages], what the policy takes for hot.
+        """
+        machine, every = self._machine, np.zeros(0, np.uint8)
         for space in self.spaces:
-            space.mapped[:] = 0
-        count_mapped(machine.gpt, machine.ept, *(space.mapped for space in self.spaces))
+            space.mapped[:] = space.hot[:] = 0
+        count_mapped(machine.gpt, machine.ept, every, *(space.mapped for space in self.spaces))
+        count_mapped(machine.gpt, machine.ept, believed, *(space.hot for space in self.spaces))
         parts = []
         for number, space in enumerate(self.spaces):
             space.close_interval(self._config.fast_pages)
-            busy = np.flatnonzero(space.heat)
-            records = np.zeros(busy.size, HEAT)
+            some = np.flatnonzero(space.heat | space.hot)
+            records = np.zeros(some.size, HEAT)
             records["time_ps"], records["vm"], records["space"] = now_ps, self._config.vm, number
-            records["address"], records["accesses"] = space.addresses[busy], space.heat[busy]
+            records["address"], records["accesses"] = space.addresses[some], space.heat[some]
+            records["hot_pages"] = space.hot[some]
             parts.append(records)
             space.heat[:] = 0
         os.write(self._file, np.concatenate(parts).tobytes())

@@ -35,6 +35,8 @@ class Watch:
         """What the truth was last compared with."""
         self._counted = [0] * config.vcpus
         """How many of the accesses in its buffer were counted for each vCPU."""
+        self._nothing = np.zeros(guest.workload.space.pages if self.heat is not None else 0, np.uint8)
+        """The hot set of a VM without fast memory."""
         self._drained: list[Words] = []
         self._intervals = 0
 
@@ -67,11 +69,18 @@ class Watch:
         self._intervals = interval
         for vcpu in range(guest.config.vcpus):
             self._count(vcpu)
-        if running and self.truth is not None and (guest.finished or self.truth.due()):
-            self._hot_set = self._mark_believed(self.truth)
-            self.truth.judge()
-        if running and self.heat is not None:
-            self.heat.close_interval(guest.now)
+        if not running:
+            return
+        believed = self._nothing
+        if self.truth is not None:
+            due = guest.finished or self.truth.due()
+            if due or self.heat is not None:
+                hot_set, believed = self._mark_believed(self.truth), self.truth.believed
+            if due:
+                self._hot_set = hot_set
+                self.truth.judge()
+        if self.heat is not None:
+            self.heat.close_interval(guest.now, believed)
 
     def report(self) -> dict[str, Any]:
         """`hotness` and `locality` of a VM in summary.json, where they apply."""

@@ -64,9 +64,11 @@ EVENT = np.dtype(
 EVENT_KINDS = ("promote", "demote", "phase")
 
 
-HEAT = np.dtype([("time_ps", "<i8"), ("vm", "<i4"), ("space", "<i4"), ("address", "<i8"), ("accesses", "<i8")])
-"""A line of heat.parquet: accesses to the 2 MiB from ``address`` on in the sampling interval that ended at ``time_ps``;
-``space`` is an index into HEAT_SPACES."""
+HEAT = np.dtype(
+    [("time_ps", "<i8"), ("vm", "<i4"), ("space", "<i4"), ("address", "<i8"), ("accesses", "<i8"), ("hot_pages", "<i8")]
+)
+"""A line of heat.parquet: accesses to the 2 MiB from ``address`` on in the sampling interval that ended at ``time_ps``,
+and pages of it that were then in the policy's hot set; ``space`` is an index into HEAT_SPACES."""
 HEAT_SPACES = ("gva", "gpa", "hpa")
 
 

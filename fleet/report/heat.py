@@ -1,22 +1,18 @@
 """The heat map: where in its memory a VM is busy when, with the policy's hot set over it.
 
-Drawn from ``heat.parquet`` (a row per VM, interval, address space and 2 MiB that was accessed) in the space that the
-policy works in: gVA, or gPA for a host's. The hot set is the policy's as it acts: where pages lie that it promoted and
-has not demoted since, by the events; a cell is in it with half of its pages or more. Pages that were in the fast tier
-from the start are not.
+Drawn from ``heat.parquet`` (a row per VM, interval, address space and 2 MiB) in the space that the policy works in:
+gVA, or gPA for a host's. A cell is in the hot set with half of its pages or more.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fleet.report.addresses import CHUNK, Addresses, AddressMap
+from fleet.report.addresses import CHUNK, AddressMap
 from fleet.report.figure import NO_MARKER, Absent, Axis, Figure, Look, Matrix, Series, Values
 from fleet.report.series_over_time import TIME
 from fleet.report.subject import chosen_vms
@@ -25,8 +21,6 @@ from proto.units import PAGE_SIZE
 
 MOST_ROWS = 400
 MOST_COLUMNS = 400
-_PROMOTED = ("promote",)
-_DEMOTED = ("demote",)
 
 
 def heat_maps(cells: Sequence[Cell]) -> Iterator[Figure | Absent]:
@@ -42,14 +36,15 @@ def heat_maps(cells: Sequence[Cell]) -> Iterator[Figure | Absent]:
             continue
         drawn += 1
         regions = AddressMap.of(table["address"].to_numpy().astype(np.int64))
-        matrix, note = bin_heat(table, regions)
-        inside = _hot_set(cell.path / "events.parquet", vm["id"], matrix, regions)
+        matrix, inside, note = bin_heat(table, regions)
+        own = vm.get("hotness", {}).get("hot_set") == "policy"
+        what = "in the policy's hot set" if own else "in fast memory (the policy names no hot set)"
         series: tuple[Series, ...] = ()
         if inside.any():
             x, y = outline(inside, matrix.x_edges, matrix.y_edges)
-            series = (Series("half of it promoted by the policy, and not demoted since", x, y, Look(0, NO_MARKER, 0)),)
+            series = (Series(f"half of it {what}", x, y, Look(0, NO_MARKER, 0)),)
         else:
-            note += " Of no cell did the policy promote half of the pages."
+            note += f" Of no cell was half {what}."
         axis = Axis("gVA" if space == "gva" else "guest-physical address", "", addresses=regions)
         yield Figure(f"heat-{drawn}", f"Page heat: {label}", TIME, axis, series, note, matrix)
     if not drawn:
@@ -61,10 +56,11 @@ def address_space(vm: Any) -> str:
     return "gpa" if vm.get("agent_cpu", {}).get("where") == "host" else "gva"
 
 
-def bin_heat(table: pa.Table, regions: AddressMap) -> tuple[Matrix, str]:
-    """The accesses of one VM in one space, on a grid of at most `MOST_ROWS` by `MOST_COLUMNS`; and a note.
+def bin_heat(table: pa.Table, regions: AddressMap) -> tuple[Matrix, npt.NDArray[np.bool_], str]:
+    """The accesses of one VM in one space, on a grid of at most `MOST_ROWS` by `MOST_COLUMNS`, and a note.
 
-    ``table``: columns time_s (end of an interval), address (of `CHUNK` bytes) and accesses.
+    ``table``: columns time_s (end of an interval), address (of `CHUNK` bytes), accesses and hot_pages. The second is
+    bool[rows, columns]: cells of which half of the pages are hot, on average over their intervals.
     """
     time_s = table["time_s"].to_numpy(zero_copy_only=False).astype(np.float64)
     place = regions.place(table["address"].to_numpy(zero_copy_only=False).astype(np.int64))
@@ -75,59 +71,35 @@ def bin_heat(table: pa.Table, regions: AddressMap) -> tuple[Matrix, str]:
     height = per_row * CHUNK
     shape = (-(-regions.size // height), -(-len(ends) // per_column))
     cell = (place // height).astype(np.int64) * shape[1] + column // per_column
-    cells = np.bincount(cell, accesses, shape[0] * shape[1]).reshape(shape)
+    hot_pages = table["hot_pages"].to_numpy(zero_copy_only=False).astype(np.float64)
+    cells, hot = (np.bincount(cell, each, shape[0] * shape[1]).reshape(shape) for each in (accesses, hot_pages))
     x_edges = np.concatenate([[first], ends[per_column - 1 : -1 : per_column], ends[-1:]])
     y_edges = height * np.arange(shape[0] + 1, dtype=np.float64)
     # Cells of different length compare only per second.
     rate = cells / np.maximum(np.diff(x_edges), 1e-12)
     each = "each sampling interval" if per_column == 1 else f"{per_column} sampling intervals"
     note = f"Dark is busy. A cell is {height >> 20} MiB by {each}; holes between regions are left out."
-    return Matrix(x_edges, y_edges, np.where(rate > 0, rate, np.nan), "accesses per cell", "1/s", log=True), note
-
-
-def _hot_set(path: Path, vm: int, matrix: Matrix, regions: AddressMap) -> npt.NDArray[np.bool_]:
-    """bool[rows, columns]: cells of which, at the end of the interval, half of the pages are promoted."""
-    shape = matrix.values.shape
-    if not path.is_file():
-        return np.zeros(shape, bool)
-    table = pq.read_table(path, filters=[("vm", "=", vm)], columns=["time_s", "kind", "gva"])
-    kind = table["kind"].cast(pa.string())
-    moved = pc.or_(pc.is_in(kind, pa.array(_PROMOTED)), pc.is_in(kind, pa.array(_DEMOTED)))
-    table = table.filter(moved)
-    up = np.isin(table["kind"].cast(pa.string()).to_numpy(zero_copy_only=False).astype(str), _PROMOTED)
-    return promoted_cells(
-        table["time_s"].to_numpy().astype(np.float64), table["gva"].to_numpy().astype(np.int64), up, matrix, regions
-    )
-
-
-def promoted_cells(
-    time_s: Values, address: Addresses, up: npt.NDArray[np.bool_], matrix: Matrix, regions: AddressMap
-) -> npt.NDArray[np.bool_]:
-    """The same, bool[rows, columns], from moves: a page counts from its promotion (``up``) to its next demotion."""
-    rows, columns = matrix.values.shape
-    row = np.searchsorted(matrix.y_edges, regions.place(address), "right") - 1
-    column = np.searchsorted(matrix.x_edges[1:], time_s, "left")
-    # Only a move after which the page's side differs from the one before counts; a page starts as not promoted.
-    order = np.lexsort((np.arange(len(time_s)), time_s, address))
-    page, side = address[order], up[order]
-    first = np.ones(len(page), bool)
-    first[1:] = page[1:] != page[:-1]
-    before = np.where(first, False, np.roll(side, 1))
-    change = (side.astype(np.int64) - before.astype(np.int64))[np.argsort(order, kind="stable")]
-    inside = (row >= 0) & (row < rows) & (column < columns)
-    grid = np.zeros((rows, columns), np.int64)
-    np.add.at(grid, (row[inside], column[inside]), change[inside])
-    pages = int(matrix.y_edges[1] - matrix.y_edges[0]) // PAGE_SIZE
-    return 2 * np.cumsum(grid, axis=1) >= pages
+    intervals = np.diff(np.append(np.arange(0, len(ends), per_column), len(ends)))
+    inside = 2 * hot >= height // PAGE_SIZE * intervals
+    matrix = Matrix(x_edges, y_edges, np.where(rate > 0, rate, np.nan), "accesses per cell", "1/s", log=True)
+    return matrix, inside, note
 
 
 def outline(inside: npt.NDArray[np.bool_], x_edges: Values, y_edges: Values) -> tuple[Values, Values]:
-    """The border of the cells that are ``inside``, as one line with gaps (NaN): x and y, float64[3 * sides]."""
+    """The border of the cells that are ``inside``, as one line with gaps (NaN): x and y, float64[3 * stretches]."""
     padded = np.pad(inside, 1)
-    row, column = np.nonzero(padded[1:, 1:-1] != padded[:-1, 1:-1])
-    level = [(x_edges[column], x_edges[column + 1], y_edges[row], y_edges[row])]
-    row, column = np.nonzero(padded[1:-1, 1:] != padded[1:-1, :-1])
-    level.append((x_edges[column], x_edges[column], y_edges[row], y_edges[row + 1]))
+    row, begin, end = _stretches(padded[1:, 1:-1] != padded[:-1, 1:-1])
+    level = [(x_edges[begin], x_edges[end], y_edges[row], y_edges[row])]
+    column, begin, end = _stretches((padded[1:-1, 1:] != padded[1:-1, :-1]).T)
+    level.append((x_edges[column], x_edges[column], y_edges[begin], y_edges[end]))
     x = np.concatenate([np.stack([a, b, np.full(len(a), np.nan)], 1).ravel() for a, b, _, _ in level])
     y = np.concatenate([np.stack([c, d, np.full(len(c), np.nan)], 1).ravel() for _, _, c, d in level])
     return x, y
+
+
+def _stretches(sides: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], ...]:
+    """Runs of True in the rows of bool[m, n]: their row, where they begin, and where they end."""
+    padded = np.pad(sides, ((0, 0), (1, 1)))
+    row, begin = np.nonzero(padded[:, 1:-1] & ~padded[:, :-2])
+    _, last = np.nonzero(padded[:, 1:-1] & ~padded[:, 2:])
+    return row, begin, last + 1

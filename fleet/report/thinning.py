@@ -31,7 +31,8 @@ def thinned(figure: Figure) -> Figure:
 
 def _thinned(series: Series) -> Series:
     count = len(series.x)
-    if series.kind == "line" and count > MOST_LINE_POINTS:
+    border = bool(np.isnan(series.x).any())  # round something: each of its stretches is needed
+    if series.kind == "line" and count > MOST_LINE_POINTS and not border:
         return _take(series, m4(series.y, MOST_LINE_POINTS // 4))
     if series.kind == "points" and count > MOST_POINTS:
         return _take(series, np.arange(0, count, -(-count // MOST_POINTS)))

@@ -86,12 +86,13 @@ def test_a_wrong_value_is_refused(tmp_path: Path) -> None:
 def test_what_a_killed_guest_left_is_kept_up_to_its_last_record(tmp_path: Path) -> None:
     records = np.zeros(3, HEAT)
     records["time_ps"], records["space"], records["address"] = PS_PER_S, [0, 1, 2], [7 << 21, 0, 1 << 21]
-    records["accesses"] = [5, 6, 7]
+    records["accesses"], records["hot_pages"] = [5, 6, 7], [1, 0, 2]
     (tmp_path / "heat.vm0.bin").write_bytes(records.tobytes()[:-3])
     assert page_heat.merge([tmp_path / "heat.vm0.bin", tmp_path / "heat.vm1.bin"], tmp_path / "heat.parquet") == 2
     table = pq.read_table(tmp_path / "heat.parquet")
     assert table.to_pydict() == {
         "vm": [0, 0], "time_s": [1.0, 1.0], "space": ["gva", "gpa"], "address": [7 << 21, 0], "accesses": [5, 6],
+        "hot_pages": [1, 0],
     }  # fmt: skip
     assert not (tmp_path / "heat.vm0.bin").exists()
 

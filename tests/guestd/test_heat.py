@@ -25,13 +25,18 @@ def test_bins_count_as_numpy_does(seed: int, one: int, other: int) -> None:
     gpt[random.random(gpt.size) < 0.2] = 0
     ept = random.permutation(FRAMES) << FRAME_SHIFT | np.where(random.random(FRAMES) < 0.8, WRITABLE, 0)
     address = random.integers(0, TABLES * 512 << 12, 200)
-    for mapped in (False, True):
-        pages = np.flatnonzero(gpt) if mapped else address[start:end] >> 12
-        gva, gpa, hpa = np.zeros(TABLES, np.int64), np.zeros(FRAMES // 512, np.int64), np.zeros(FRAMES // 512, np.int64)
-        if mapped:
-            count_mapped(gpt, ept, gva, gpa, hpa)
+    chosen = random.integers(0, 2, gpt.size).astype(np.uint8)
+    none = np.zeros(0, np.uint8)
+    for mapped in (None, none, chosen):
+        if mapped is None:
+            pages = address[start:end] >> 12
         else:
+            pages = np.flatnonzero((gpt != 0) & (chosen != 0) if mapped.size else gpt)
+        gva, gpa, hpa = np.zeros(TABLES, np.int64), np.zeros(FRAMES // 512, np.int64), np.zeros(FRAMES // 512, np.int64)
+        if mapped is None:
             count_bins(address, start, end, gpt, ept, gva, gpa, hpa)
+        else:
+            count_mapped(gpt, ept, mapped, gva, gpa, hpa)
         gpfns = gpt[pages][gpt[pages] != 0] >> FRAME_SHIFT
         slots = ept[gpfns][ept[gpfns] & WRITABLE != 0] >> FRAME_SHIFT
         assert gva.tolist() == np.bincount(pages >> 9, minlength=TABLES).tolist()
@@ -67,6 +72,11 @@ def test_each_access_is_in_one_bin_of_each_space(costs: Costs, tmp_path: Path) -
         found = report["locality"][name]
         assert 0 < found["ranges_fast_ratio"] <= 1 and 0 < found["bins_fast_ratio"] <= 1
         assert 1 <= found["hot_ranges"] <= found["ranges"]
+    hot = [np.bincount(np.unique(mine["time_ps"], return_inverse=True)[1], mine["hot_pages"])
+           for mine in (records[records["space"] == number] for number in range(3))]  # fmt: skip
+    assert hot[0].max() > 0 and records["hot_pages"].max() <= 512
+    # A page is in one bin of each space; in none of hPA while the host has swapped it out, which it has not here.
+    assert hot[0].tolist() == hot[1].tolist() == hot[2].tolist()
     gva, hpa = (records["address"][records["space"] == number] for number in (0, 2))
     assert set(gva) <= set(machine.table_gva)
     assert 0 <= hpa.min() < FAST_PAGES << 12 < PAGES << 12 < hpa.max() < 2 * PAGES << 12
