@@ -117,6 +117,7 @@ def test_a_static_hot_set_is_placed_better_than_at_random(policy: Policy, costs:
     fleet = new_fleet(small_guest(costs, policy.name, pages=4096, vcpus=1, run_ms=600))
     guest = until_populated(fleet)
     began = guest.now
+    assert policy.gains_ps(resolve(policy.params, policy.warm_up), 4096) <= 450 * PS_PER_MS
     while guest.now < began + 450 * PS_PER_MS:
         assert fleet.step()
     before = _accesses(guest)
@@ -178,6 +179,8 @@ def test_its_declaration_is_complete(policy: Policy) -> None:
     assert set(policy.stages) == {"tracker", "classifier", "migrator"}
     names = [param.name for param in policy.params]
     assert len(names) == len(set(names))
+    published = resolve(policy.params, {})
+    assert 0 <= policy.gains_ps(published, 1 << 12) <= policy.gains_ps(published, 1 << 24)
     assert set(policy.warm_up) <= set(names)
     for param in policy.params:
         assert param.help
