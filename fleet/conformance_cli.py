@@ -21,11 +21,12 @@ def conformance(
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Of each policy's own VM")] = "64MiB",
     vcpus: Annotated[int, typer.Option(metavar="N", help="Of it")] = 2,
     seconds: Annotated[
-        int, typer.Option(metavar="S", help="Virtual time at least; longer where a policy needs it")
+        int, typer.Option(min=1, metavar="S", help="Virtual time at least; longer where a policy needs it")
     ] = 5,
     longest: Annotated[
         int, typer.Option(metavar="S", help="Virtual time beyond which no gain is waited for and asked of a policy")
     ] = 120,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Policies at once, alone")] = 2,
     pair_memory: Annotated[str, typer.Option(metavar="SIZE", help="Of each VM of the pairs")] = "256MiB",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -42,7 +43,7 @@ def conformance(
     if wrong := [name for name in names if name not in policies()]:
         raise SpecError(unknown("policy", wrong[0], policies()))
     with _progress("alone") as progress:
-        verdicts = alone(names, {"memory": memory, "vcpus": vcpus}, seconds, longest, progress)
+        verdicts = alone(names, {"memory": memory, "vcpus": vcpus}, seconds, longest, jobs, progress)
     if not as_json:
         _print_alone(verdicts, memory)
     with _progress("with every workload") as progress:

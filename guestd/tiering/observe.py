@@ -171,19 +171,22 @@ class Observations(ABC):
     def frames(self, pages: Words) -> Ints:
         """Frame that stands for each page's unit (int32[n]), NO_PAGE where unmapped."""
         out = np.empty(pages.size, np.int32)
-        ptes.frames(self.meter.book, self._table, self._pde, pages, out)
+        if pages.size:
+            ptes.frames(self.meter.book, self._table, self._pde, pages, out)
         return out
 
     def heads(self, pages: Words) -> Words:
         """The page that stands for each page's unit (int64[n])."""
         out = np.empty(pages.size, np.int64)
-        ptes.heads(self.meter.book, self._pde, pages, out)
+        if pages.size:
+            ptes.heads(self.meter.book, self._pde, pages, out)
         return out
 
     def sizes(self, pages: Words) -> Words:
         """Pages of each page's unit, 1 or 512 (int64[n])."""
         out = np.empty(pages.size, np.int64)
-        ptes.sizes(self.meter.book, self._pde, pages, out)
+        if pages.size:
+            ptes.sizes(self.meter.book, self._pde, pages, out)
         return out
 
     def frame_sizes(self, frames: Ints) -> Words:

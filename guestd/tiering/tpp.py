@@ -42,7 +42,7 @@ PERIOD_SLOTS, PERIOD_THRESHOLD = 10, 7
 """NUMA_PERIOD_SLOTS and NUMA_PERIOD_THRESHOLD: slow down from 7 tenths of private or local faults on."""
 THROTTLE = 32
 """A pass is followed by at least 32 times its own run time (task_tick_numa: node_stamp += 32 * diff)."""
-GAIN_PASSES = 6
+GAIN_PASSES = 5
 """Passes over all memory by which it has to have gained: two until a page counts as active; and a page faults once in a
 pass, in which it finds room or not."""
 _UNSORTED = 65536
