@@ -11,7 +11,7 @@ help:
 	@echo "make run     run examples/quickstart.toml: a table, a figure, and runs/<name>/"
 	@echo "make test    lint, types, tests"
 	@echo "make fuzz    10,000 random programs of the engine against its reference (FUZZ=n for another number)"
-	@echo "make conformance  every policy alone in a 16 GiB guest, and with every workload (takes an hour or so)"
+	@echo "make conformance  every policy alone in a 16 GiB guest, and with every workload (half an hour on 2 cores)"
 	@echo "make bench   engine speed, start-up time and memory per guest"
 	@echo "make pins    resolve requirements.txt again (needs pip-tools)"
 	@echo "make clean   remove .venv and caches; runs/ stays"
