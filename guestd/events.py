@@ -5,6 +5,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
+from proto.arrays import Words
 from proto.layout import EVENT, EVENT_KINDS
 
 _KIND = {name: index for index, name in enumerate(EVENT_KINDS)}
@@ -20,8 +21,8 @@ class EventLog:
         self._count = 0
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600) if path else -1
 
-    def add(self, time_ps: int, kind: str, addresses: npt.ArrayLike, source: int, target: int) -> None:
-        """One event per address (gVA in a guest, gPA in the host) at ``time_ps``, between two nodes."""
+    def add(self, time_ps: int | Words, kind: str, addresses: npt.ArrayLike, source: int, target: int) -> None:
+        """One event per address (gVA in a guest, gPA in the host) at ``time_ps`` (one, or int64[n])."""
         if self._file < 0:
             return
         address = np.atleast_1d(np.asarray(addresses, np.int64))

@@ -15,14 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from guestd.address_space import AddressSpace
 from guestd.jit import inline, kernel, prefetch
 from guestd.machine import Machine, S
-from guestd.mm.nodes import F_HUGE, NO_PAGE, WMARK_LOW, WMARK_MIN, Nodes, allocate, lru_add, take_free_block
+from guestd.mm.nodes import F_HUGE, FAST, NO_PAGE, WMARK_LOW, WMARK_MIN, Nodes, allocate, lru_add, take_free_block
 from guestd.pml import set_dirty
 from guestd.transaction import unshadowed
 from guestd.vcpu import EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, LENGTH, MINOR_FAULT, POSITION, WP_FAULT, Vcpus
 from guestd.walk import PageTables
 from proto.arrays import Bytes, Words
+from proto.config import GuestConfig
 from proto.counters import C
 from proto.entry import (
     ENTRY_VERSION_SHIFT,
@@ -89,6 +91,32 @@ class Batch(NamedTuple):
     page that the policy write-protected), written."""
 
 
+class Faults(NamedTuple):
+    """What a guest's kernel needs to take faults, and the batch that it takes."""
+
+    nodes: Nodes
+    prefer: Bytes
+    """uint8[pages]: preferred node of each page; empty: the fast one."""
+    block: int
+    """Accesses to look through at a time."""
+    minor_fault_ps: int
+    wp_fault_ps: int
+    thp: Thp
+    batch: Batch
+
+
+def new_faults(config: GuestConfig, space: AddressSpace, nodes: Nodes, prefer: Bytes) -> Faults:
+    """``prefer``: see `Faults`."""
+    kernel, costs = config.kernel, config.costs
+    thp = Thp(
+        space.whole_tables() if kernel.thp == "always" else np.zeros(0, np.uint8),
+        costs.minor_fault_ps + costs.clear_page_huge_ps,
+        kernel.thp_defrag == "always",
+    )
+    block = config.engine.block
+    return Faults(nodes, prefer, block, costs.minor_fault_ps, costs.wp_fault_ps, thp, new_batch(block))
+
+
 def new_batch(block: int) -> Batch:
     """Room for what ``block`` accesses can meet: a page each, the tables on the way to it, and a few huge pages."""
     room = 6 * block + HUGE_BATCH * TABLE_PAGES + 16
@@ -106,7 +134,8 @@ def new_batch(block: int) -> Batch:
 
 
 @inline
-def _backed(ept: Words, gpfn: int) -> bool:
+def backed(ept: Words, gpfn: int) -> bool:
+    """Whether the EPT maps a gPA frame."""
     return bool((ept[gpfn] & PRESENT) != 0)
 
 
@@ -138,9 +167,9 @@ def _reach_table(m: Machine, nodes: Nodes, batch: Batch, number: int, position: 
             else:
                 upper[number] = (frame << FRAME_SHIFT) | PRESENT | WRITABLE | QUEUED
                 _list_fresh(batch, STAMP_TABLE_BASE + number, frame)
-                if not _backed(m.ept, frame):
+                if not backed(m.ept, frame):
                     _list_gpfn(batch, frame, position, 0)
-        elif (entry & (QUEUED | HUGE)) == 0 and not _backed(m.ept, (entry & FRAME_MASK) >> FRAME_SHIFT):
+        elif (entry & (QUEUED | HUGE)) == 0 and not backed(m.ept, (entry & FRAME_MASK) >> FRAME_SHIFT):
             upper[number] = entry | QUEUED
             _list_gpfn(batch, (entry & FRAME_MASK) >> FRAME_SHIFT, position, 1)
         if parent[number] == number:
@@ -165,7 +194,7 @@ def _map_huge(m: Machine, nodes: Nodes, batch: Batch, table: int, position: int,
         nodes.page[frame + i] = first + i
         m.gpt[first + i] = (m.gpt[first + i] & ~FRAME_MASK) | ((frame + i) << FRAME_SHIFT) | PRESENT | WRITABLE
         _list_fresh(batch, first + i, frame + i)
-        if not _backed(m.ept, frame + i):
+        if not backed(m.ept, frame + i):
             _list_gpfn(batch, frame + i, position, 0)
     nodes.flags[frame] = F_HUGE
     lru_add(nodes, frame, 0)
@@ -183,15 +212,12 @@ def _charge_fault(m: Machine, vcpu: int, position: int, fault_ps: int, part: int
 
 
 @kernel
-def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, default_node: int, fault_ps: int,
-            wp_fault_ps: int, thp: Thp, batch: Batch) -> None:  # fmt: skip
-    """Look through up to ``block`` accesses of ``vcpu`` from its position on and gather their faults.
-
-    ``prefer``: uint8[pages] preferred node per page, or empty for ``default_node``.
-    """
+def collect(m: Machine, vcpu: int, faults: Faults) -> None:
+    """Look through up to ``faults.block`` accesses of ``vcpu`` from its position on and gather their faults."""
+    nodes, prefer, thp, batch = faults.nodes, faults.prefer, faults.thp, faults.batch
     vcpus, gpt, ept, upper = m.vcpus, m.gpt, m.ept, m.tables.upper
     start = vcpus.field[vcpu, POSITION]
-    end = min(vcpus.field[vcpu, LENGTH], start + block)
+    end = min(vcpus.field[vcpu, LENGTH], start + faults.block)
     batch.counts[:] = 0
     ahead = hints = huge = 0
     last = end - 1
@@ -221,19 +247,19 @@ def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, defa
                 batch.hint_page[hints], batch.hint_position[hints] = page, position
                 hints += 1
             continue
-        node = prefer[page] if prefer.size > 0 else default_node
+        node = prefer[page] if prefer.size > 0 else FAST
         if thp.whole.size > 0 and thp.whole[table] != 0 and upper[table] == 0:
             if huge == HUGE_BATCH:
                 end = position
                 break
-            if not _reach_table(m, nodes, batch, m.tables.parent[table], position, default_node):
+            if not _reach_table(m, nodes, batch, m.tables.parent[table], position, FAST):
                 batch.counts[3] = OUT_OF_MEMORY
                 break
             if _map_huge(m, nodes, batch, table, position, node, thp.remote):
                 huge += 1
                 _charge_fault(m, vcpu, position, thp.fault_ps, MINOR_FAULT)
                 continue
-        if not _reach_table(m, nodes, batch, table, position, default_node):
+        if not _reach_table(m, nodes, batch, table, position, FAST):
             batch.counts[3] = OUT_OF_MEMORY
             break
         if (entry & PRESENT) == 0:
@@ -245,8 +271,8 @@ def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, defa
             lru_add(nodes, frame, 0)
             gpt[page] = (entry & ~FRAME_MASK) | (frame << FRAME_SHIFT) | PRESENT | WRITABLE | QUEUED
             _list_fresh(batch, page, frame)
-            _charge_fault(m, vcpu, position, fault_ps, MINOR_FAULT)
-            if not _backed(ept, frame):
+            _charge_fault(m, vcpu, position, faults.minor_fault_ps, MINOR_FAULT)
+            if not backed(ept, frame):
                 _list_gpfn(batch, frame, position, 0)
         else:
             frame = (entry & FRAME_MASK) >> FRAME_SHIFT
@@ -256,9 +282,9 @@ def collect(m: Machine, vcpu: int, block: int, nodes: Nodes, prefer: Bytes, defa
                 gpt[page] = entry
                 batch.written[batch.counts[4]] = page
                 batch.counts[4] += 1
-                _charge_fault(m, vcpu, position, wp_fault_ps, WP_FAULT)
+                _charge_fault(m, vcpu, position, faults.wp_fault_ps, WP_FAULT)
             listed = (entry & QUEUED) != 0 or (whole and (upper[table] & QUEUED) != 0)
-            if not listed and not _backed(ept, frame):
+            if not listed and not backed(ept, frame):
                 gpt[page] = entry | QUEUED
                 _list_gpfn(batch, frame, position, 1)
             elif position == start and (entry & WRITABLE) == 0 and writes:

@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from guestd import engine
 from guestd.engine import COMPLETED, FAULT, NEED_ACCESSES, PMI
 from guestd.errors import GuestError
 from guestd.events import EventLog
@@ -21,16 +20,15 @@ from guestd.fault import (
     NO_FRAME,
     OUT_OF_MEMORY,
     WRITE_PROTECTED,
-    Thp,
     charge_hints,
     charge_violations,
     clear_fresh,
-    collect,
-    new_batch,
+    new_faults,
     table_frames,
     verify,
 )
 from guestd.guest_view import EptFaultCall, GuestView
+from guestd.hint_faults import HINTS_TAKEN, new_hints, run
 from guestd.kvm import ept_changed, vm_exit
 from guestd.machine import S, new_machine
 from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter
@@ -110,16 +108,11 @@ class Guest:
         # A host-side policy runs in the host; here the guest manages nothing.
         self.tiering = Tiering(self.view, params) if host_side else self.policy.create(self.view, params)
         capacity = config.fast_pages - int(self.nodes.watermark[FAST, WMARK_LOW]) - self.machine.tables.upper.size
-        self._prefer = preferred(self.policy, self.workload, capacity, config.kernel.thp == "always")
         self.watch = Watch(self)
-        self._batch = new_batch(config.engine.block)
-        kernel, costs = config.kernel, config.costs
-        self._thp = Thp(
-            self.workload.space.whole_tables() if kernel.thp == "always" else np.zeros(0, np.uint8),
-            costs.minor_fault_ps + costs.clear_page_huge_ps,
-            kernel.thp_defrag == "always",
-        )
-        self.khugepaged = Khugepaged(self.view, self._thp.whole, kernel.khugepaged_pages_to_scan)
+        prefer = preferred(self.policy, self.workload, capacity, config.kernel.thp == "always")
+        self._faults = new_faults(config, self.workload.space, self.nodes, prefer)
+        self._hints = new_hints(self.tiering.hint_rule, config.costs, self.view.hint_fault_ps, self.meter)
+        self.khugepaged = Khugepaged(self.view, self._faults.thp.whole, config.kernel.khugepaged_pages_to_scan)
         self._buffers = [
             Buffer(self.machine.vcpus.address[v], self.machine.vcpus.kind[v], self.machine.vcpus.think_ps[v])
             for v in range(config.vcpus)
@@ -183,8 +176,8 @@ class Guest:
         self._threads.on_agent(self.tiering.start)
 
     def agent_cpu_ns(self) -> int:
-        """CPU of the agent's thread so far, ns."""
-        return self._threads.agent_cpu_ns()
+        """CPU of the agent so far, ns: its thread's, and that of hint faults on the vCPUs'."""
+        return self._threads.agent_cpu_ns() + int(self._hints.cpu_ns[0])
 
     def advance(self, message: Advance) -> Tick:
         """Run to ``message.until_ps``, applying its operations at their times. Raises GuestError."""
@@ -214,6 +207,8 @@ class Guest:
                 reason = self._run(target)
                 if reason == FAULT:
                     self._take_faults()
+                elif reason == HINTS_TAKEN:
+                    self._wake_kswapd(int(machine.vcpus.field[state[S.TURN], CLOCK]))
                 elif reason == PMI:
                     self._serve_pmu()
                 elif reason == COMPLETED:
@@ -230,7 +225,7 @@ class Guest:
             phase=self.phase,
             progress=progress(self),
             counters=machine.counters.tobytes(),
-            agent_cpu_s=self._threads.agent_cpu_ns() / 1e9,
+            agent_cpu_s=self.agent_cpu_ns() / 1e9,
             bandwidth_demand=(before - machine.budget).tobytes(),
             scan_list=self.view.host_scan.take_list(),
         )
@@ -238,10 +233,14 @@ class Guest:
     # -- vCPU thread --------------------------------------------------------------------------------------------
 
     def _run(self, until: int) -> int:
-        """Run the engine until ``until``, a fault or a PMI; generate accesses as they are needed."""
-        field, state = self.machine.vcpus.field, self.machine.state
+        """Run until ``until``, a fault, hint faults or a PMI; generate accesses as they are needed."""
+        field, state, hints = self.machine.vcpus.field, self.machine.state, self._hints
         while True:
-            reason = int(engine.run(self.machine, self.operations.pending, until))
+            wake_below = 0 if self._kswapd_queued else self._wake_mark()
+            reason = int(run(self.machine, self.operations.pending, until, self._faults, hints, wake_below))
+            if moved := int(hints.moved[0]):
+                self.view.log_promotions(hints.moved_ps[:moved], hints.moved_page[:moved])
+                hints.moved[0] = 0
             if reason != NEED_ACCESSES:
                 return reason
             vcpu = int(state[S.TURN])
@@ -281,11 +280,10 @@ class Guest:
     # -- faults and interrupts ----------------------------------------------------------------------------------
 
     def _take_faults(self) -> None:
-        machine, config, batch = self.machine, self.config, self._batch
+        """What the batch has."""
+        machine, config, batch = self.machine, self.config, self._faults.batch
         vcpus, counters = machine.vcpus, machine.counters
         vcpu = int(machine.state[S.TURN])
-        collect(machine, vcpu, config.engine.block, self.nodes, self._prefer, FAST, config.costs.minor_fault_ps,
-                config.costs.wp_fault_ps, self._thp, batch)  # fmt: skip
         hints, gpfns, fresh, state, written = (int(count) for count in batch.counts)
         now = int(vcpus.field[vcpu, CLOCK])
         if gpfns:
@@ -354,11 +352,14 @@ class Guest:
 
     def _wake_kswapd(self, at_ps: int) -> None:
         """Allocations and scheduler ticks wake kswapd when the fast node is low (the TPP patches, mm/page_alloc.c)."""
-        mark = self.tiering.reclaim_mark
-        low = mark is not None and self.nodes.free_count[FAST] < self.nodes.watermark[FAST, mark]
-        if low and not self._kswapd_queued:
+        if self.nodes.free_count[FAST] < self._wake_mark() and not self._kswapd_queued:
             self._kswapd_queued = True
             self._at(max(self._kswapd_at, at_ps + self.config.costs.context_switch_ps), self._run_kswapd)
+
+    def _wake_mark(self) -> int:
+        """kswapd is woken with less than as many frames free on the fast node."""
+        mark = self.tiering.reclaim_mark
+        return 0 if mark is None else int(self.nodes.watermark[FAST, mark])
 
     def _run_kswapd(self) -> None:
         """kswapd works for half a tick at most, then leaves its vCPU to the task for as long."""

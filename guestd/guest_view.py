@@ -17,7 +17,7 @@ from guestd.jit import inline
 from guestd.kvm import take_violations
 from guestd.machine import Machine
 from guestd.meter import MIGRATE, TASK, Meter, metered
-from guestd.mm.nodes import FAST, NO_PAGE, Nodes, allocate, give_all_free, give_free
+from guestd.mm.nodes import FAST, NO_PAGE, SLOW, Nodes, allocate, give_all_free, give_free
 from guestd.pml import set_accessed, set_dirty
 from guestd.tiering.host_scan import HostScan
 from guestd.tiering.pages import Pdes, expand, frame_of
@@ -89,17 +89,30 @@ def _protect(gpt: Words, pde: Pdes, half: int, first: int, count: int) -> tuple[
     return changed, huge, visited
 
 
+@inline
+def _remap(entry: int, frame: int, protnone: int) -> int:
+    """``entry`` for another frame, not accessed yet; under PROT_NONE if that is wanted or if it was."""
+    entry = unshadowed(entry & ~(FRAME_MASK | ACCESSED | DIRTY)) | (frame << FRAME_SHIFT)
+    return (entry & ~PRESENT) | PROTNONE if protnone != 0 else entry
+
+
+@inline
+def copy_and_map(m: Machine, nodes: Nodes, page: int, frame: int, target: int, protnone: int, vcpu: int) -> None:
+    """Copy a page of 4 KiB through the EPT, point its entry at the target (old, clean), free the source."""
+    ept, stamps = m.ept, m.stamps
+    stamps[frame_of(ept[target])] = stamps[frame_of(ept[frame])]
+    set_dirty(m.pml, vcpu, ept, m.tables.ept_pde, target, 0, m.counters)
+    set_accessed(ept, m.tables.ept_pde, frame)
+    m.gpt[page] = _remap(m.gpt[page], target, protnone)
+    give_free(nodes, frame)
+
+
 @metered
 def _copy_and_map(m: Machine, nodes: Nodes, pages: Words, frames: Words, targets: Words, protnone: int,
                   vcpu: int) -> None:  # fmt: skip
-    """Copy contents gPA to gPA through the EPT, point the entries at the targets (old, clean), free the sources."""
-    gpt, ept, stamps = m.gpt, m.ept, m.stamps
+    """`copy_and_map` each page."""
     for i in range(pages.size):
-        stamps[frame_of(ept[targets[i]])] = stamps[frame_of(ept[frames[i]])]
-        set_dirty(m.pml, vcpu, ept, m.tables.ept_pde, targets[i], 0, m.counters)
-        set_accessed(ept, m.tables.ept_pde, frames[i])
-        gpt[pages[i]] = _remap(gpt[pages[i]], targets[i], protnone)
-        give_free(nodes, frames[i])
+        copy_and_map(m, nodes, pages[i], frames[i], targets[i], protnone, vcpu)
 
 
 @metered
@@ -113,13 +126,6 @@ def _swap_contents(m: Machine, pages: Words, frames: Words, others: Words, other
         set_dirty(m.pml, vcpu, ept, m.tables.ept_pde, b, 0, m.counters)
         gpt[pages[i]] = _remap(gpt[pages[i]], b, 0)
         gpt[others[i]] = _remap(gpt[others[i]], a, 0)
-
-
-@inline
-def _remap(entry: int, frame: int, protnone: int) -> int:
-    """``entry`` for another frame, not accessed yet; under PROT_NONE if that is wanted or if it was."""
-    entry = unshadowed(entry & ~(FRAME_MASK | ACCESSED | DIRTY)) | (frame << FRAME_SHIFT)
-    return (entry & ~PRESENT) | PROTNONE if protnone != 0 else entry
 
 
 @metered
@@ -265,6 +271,10 @@ class GuestView(Copies):
         if missing.size:
             cost = self._ept_fault(self.now, missing, np.ones(missing.size, np.uint8))
             self.meter.wait(int(take_violations(machine, self.flush.vcpu, self.now, missing, cost)))
+
+    def log_promotions(self, times_ps: Words, pages: Words) -> None:
+        """Pages that a compiled hint fault has promoted, and when (int64[n] each)."""
+        self._events.add(times_ps, "promote", self._gva(pages), SLOW, FAST)
 
     def _gva(self, pages: Words) -> Words:
         return self._machine.table_gva[pages >> TABLE_SHIFT] + ((pages & (TABLE_PAGES - 1)) << PAGE_SHIFT)

@@ -154,7 +154,8 @@ def progress(guest: Guest) -> float:
     if guest.phase != "run":
         return float(guest.finished)
     if guest.config.run_ps:
-        return min(1.0, (guest.now - guest.run_started_ps) / guest.config.run_ps)
+        # The run begins where the vCPU is that was the last to populate, which may be past the barrier.
+        return min(1.0, max(0, guest.now - guest.run_started_ps) / guest.config.run_ps)
     return 1.0 - int(guest.machine.state[S.LEFT]) / guest.config.transactions
 
 

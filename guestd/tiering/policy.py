@@ -53,6 +53,21 @@ class Sampling(NamedTuple):
         return RECORD_GROUPS[self.groups]
 
 
+TAKEN, FAILED = 0, 1
+
+
+class HintRule(NamedTuple):
+    """What a policy does in a hint fault that needs no more than `guestd.hint_faults`: TPP's, in a guest.
+
+    A page that it wants is promoted at once if that leaves the fast node its high watermark.
+    """
+
+    active_only: bool
+    """Pages on an active list are wanted, the others are marked accessed; false: all are wanted, none is marked."""
+    tally: Words
+    """int64[2], which is counted up: faults taken, and pages among them that were wanted but had to stay."""
+
+
 class AgentThread(NamedTuple):
     """A thread that a policy's timer runs on; by default a kernel thread that the load balancer puts on some vCPU."""
 
@@ -84,6 +99,8 @@ class Tiering:
 
     reclaim_mark: int | None = None
     drains_at_context_switch = False
+    hint_rule: HintRule | None = None
+    """How its hint faults are taken without `on_hint_faults`; None: not at all."""
     by_definition: tuple[str, ...] = ()
     """Stages with a thread that never sleeps: their modelled CPU is the time that it ran, not the work that it did."""
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from guestd.meter import CLASSIFY, MIGRATE, STAGES, TRACK
 from guestd.params import Param
-from guestd.tiering.policy import AgentThread, Params, Policy, Sampling, Tiering
+from guestd.tiering.policy import AgentThread, HintRule, Params, Policy, Sampling, Tiering
 from guestd.tiering.view import PageView
 from proto.arrays import Mask, Words
 
@@ -145,6 +145,10 @@ class Tracker(_StageBase):
         self.view.unprotect(pages)
         return np.full(pages.size, self.view.hint_fault_ps, np.int64)
 
+    def hint_rule(self) -> HintRule | None:
+        """See `Tiering.hint_rule`."""
+        return None
+
     def on_failed(self, pages: int) -> None:
         """The migrator could not promote as many of the pages that a fault had brought."""
 
@@ -256,6 +260,7 @@ class Staged(Tiering):
         self._stages: dict[str, _StageBase] = {
             "tracker": self.tracker, "classifier": self.classifier, "migrator": self.migrator,
         }  # fmt: skip
+        self.hint_rule = self.tracker.hint_rule()
         self.by_definition = tuple(STAGES[stage.books] for stage in self._stages.values() if stage.never_sleeps)
 
     @property

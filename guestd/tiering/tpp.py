@@ -14,7 +14,7 @@ from guestd.meter import TASK
 from guestd.mm.kswapd import Kswapd
 from guestd.mm.nodes import ACTIVE, FAST, INACTIVE, NO_PAGE, SLOW, WMARK_DEMOTE, WMARK_HIGH
 from guestd.params import Param
-from guestd.tiering.policy import Params, Policy
+from guestd.tiering.policy import FAILED, TAKEN, HintRule, Params, Policy
 from guestd.tiering.stage import FAULT_AGES, FAULTS, Classifier, Evidence, Migrator, Stage, Tracker, composed
 from guestd.tiering.view import PageView
 from proto.arrays import Mask, Words
@@ -68,8 +68,8 @@ class HintFaults(Tracker):
         self._period_min = int(params["scan_period_min_ms"]) * PS_PER_MS
         self._period_max = int(params["scan_period_max_ms"]) * PS_PER_MS
         self._period = 0
-        self._faults_since_round = 0
-        self._failed_since_round = 0
+        self._tally = np.zeros(2, np.int64)
+        """Since the last round: see `HintRule.tally`."""
         self._scanned_ps = np.zeros(0, np.int64)
         """int64[pages], if the classifier asks for ages: when each was put under PROT_NONE; 0: not since it faulted."""
 
@@ -120,20 +120,24 @@ class HintFaults(Tracker):
         Faults are on slow pages, none of them local to a CPU. A round without a fault doubles the period.
         """
         if self.params["adapt_scan_period"]:
-            failed = self._failed_since_round and self.params["double_on_failure"]
-            if self._faults_since_round == 0 or failed:
+            failed = self._tally[FAILED] and self.params["double_on_failure"]
+            if self._tally[TAKEN] == 0 or failed:
                 self._period *= 2
             else:
                 share = float(self.params["private_share"])
                 private = PERIOD_SLOTS // self.view.vcpus if share < 0 else int(PERIOD_SLOTS * share)
                 over = private - PERIOD_THRESHOLD
                 self._period += (max(1, over) if over >= 0 else over) * -(-self._period // PERIOD_SLOTS)
-        self._faults_since_round = self._failed_since_round = 0
+        self._tally[:] = 0
+
+    def hint_rule(self) -> HintRule | None:
+        own = type(self.classifier) is ActiveLru and type(self.migrator) is InFault
+        return HintRule(bool(self.params["active_filter"]), self._tally) if own else None
 
     def on_hint_faults(self, pages: Words) -> Words:
         view = self.view
         cost = np.full(pages.size, view.hint_fault_ps, np.int64)
-        self._faults_since_round += pages.size
+        self._tally[TAKEN] += pages.size
         view.counters[C.vmstat__numa_hint_faults] += pages.size
         view.meter.charge(view.hint_fault_ps * pages.size)
         wanted = self.classifier.on_faults(Evidence(view, pages=pages, age_ps=self._ages(pages)))
@@ -151,7 +155,7 @@ class HintFaults(Tracker):
         return ages
 
     def on_failed(self, pages: int) -> None:
-        self._failed_since_round += pages
+        self._tally[FAILED] += pages
 
 
 class FaultRanked(Classifier):

@@ -4,6 +4,7 @@ A unit is known by the frame of its head (`guestd.mm.nodes`). Linux: mm/migrate.
 mm/khugepaged.c (collapse_huge_page).
 """
 
+from guestd.jit import inline
 from guestd.meter import metered
 from guestd.mm.nodes import (
     ACTIVE,
@@ -21,6 +22,7 @@ from guestd.mm.nodes import (
     Nodes,
     lru_add,
     lru_remove,
+    node_of,
     take_free,
     take_free_block,
     unit_size,
@@ -34,34 +36,44 @@ NO_ROOM = -2
 """In place of a target: the unit could have moved, but the node has no frame, or no block, for it."""
 
 
+@inline
+def target_for(nodes: Nodes, frame: int, node: int, keep: int) -> int:
+    """Take a free frame of ``node`` (of a huge page a block) for the unit of ``frame``; see `pick_targets`."""
+    target = NO_PAGE
+    if frame != NO_PAGE and (nodes.flags[frame] & F_BUSY) == 0 and node_of(nodes, frame) != node:
+        huge = (nodes.flags[frame] & F_HUGE) != 0
+        target = take_free_block(nodes, node, keep) if huge else take_free(nodes, node, keep)
+        if target == NO_PAGE:
+            target = NO_ROOM
+    return target
+
+
 @metered
 def pick_targets(nodes: Nodes, frames: Ints, node: int, keep: int, out: Ints) -> None:
     """Take free frames of ``node`` for each unit: the first of them, or NO_ROOM; NO_PAGE where it cannot move."""
-    half = nodes.page.size // 2
     for i in range(frames.size):
-        frame = frames[i]
-        out[i] = NO_PAGE
-        if frame == NO_PAGE or (nodes.flags[frame] & F_BUSY) != 0 or (1 if frame >= half else 0) == node:
-            continue
-        huge = (nodes.flags[frame] & F_HUGE) != 0
-        target = take_free_block(nodes, node, keep) if huge else take_free(nodes, node, keep)
-        out[i] = NO_ROOM if target == NO_PAGE else target
+        out[i] = target_for(nodes, frames[i], node, keep)
+
+
+@inline
+def relink_unit(nodes: Nodes, frame: int, target: int, node: int) -> None:
+    """See `relink`."""
+    flags = nodes.flags[frame]
+    if flags & F_LRU:
+        lru_remove(nodes, frame)
+    for j in range(unit_size(nodes, frame)):
+        nodes.page[target + j] = nodes.page[frame + j]
+        nodes.page[frame + j] = NO_PAGE
+    nodes.flags[frame] = 0
+    nodes.flags[target] = (flags & F_HUGE) | (F_DEMOTED if node == SLOW else 0)
+    lru_add(nodes, target, ACTIVE if (flags & F_ACTIVE) and node == FAST else INACTIVE)
 
 
 @metered
 def relink(nodes: Nodes, frames: Ints, targets: Ints, node: int) -> None:
     """The units of ``frames`` now live in ``targets``: reverse map, flags and LRU list follow."""
     for i in range(frames.size):
-        frame, target = frames[i], targets[i]
-        flags = nodes.flags[frame]
-        if flags & F_LRU:
-            lru_remove(nodes, frame)
-        for j in range(unit_size(nodes, frame)):
-            nodes.page[target + j] = nodes.page[frame + j]
-            nodes.page[frame + j] = NO_PAGE
-        nodes.flags[frame] = 0
-        nodes.flags[target] = (flags & F_HUGE) | (F_DEMOTED if node == SLOW else 0)
-        lru_add(nodes, target, ACTIVE if (flags & F_ACTIVE) and node == FAST else INACTIVE)
+        relink_unit(nodes, frames[i], targets[i], node)
 
 
 @metered

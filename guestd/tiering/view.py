@@ -134,8 +134,6 @@ class PageView(Observations):
         Returns bool[n], false where there was no frame or the page was already there. Content moves along. A huge page
         needs a free block; without one it stays (`thp_migration_fail`), and may be `split`.
         """
-        if not pages.size:
-            return np.zeros(0, np.bool_)
         heads = self.heads(pages)
         if (heads == pages).all():
             return self._move(pages, node, keep, sync, protect, copied)

@@ -8,6 +8,7 @@ from guestd.fault import (
     HINT_BATCH,
     HUGE_BATCH,
     QUEUED,
+    Faults,
     Thp,
     charge_hints,
     charge_violations,
@@ -20,7 +21,7 @@ from guestd.fault import (
 from guestd.guest import Guest
 from guestd.instructions import mov_cr3_everywhere
 from guestd.machine import Machine, S
-from guestd.mm.nodes import FAST, SLOW
+from guestd.mm.nodes import SLOW
 from guestd.vcpu import EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, new_vcpus
 from proto.costs import Costs
 from proto.counters import STOLEN_PARTS, C, split, sum_parts
@@ -217,10 +218,9 @@ def test_a_batch_takes_as_many_huge_pages_as_it_has_room_for(costs: Costs) -> No
     tables = np.flatnonzero(space.whole_tables())[: HUGE_BATCH + 3]
     touch_pages(machine, 0, [int(table) * 512 + 5 for table in tables for _ in range(3)])
     batch = new_batch(8)
-    thp = Thp(space.whole_tables(), 7, False)
-    none = np.zeros(0, np.uint8)
+    faults = Faults(guest.nodes, np.zeros(0, np.uint8), 64, 1, 2, Thp(space.whole_tables(), 7, False), batch)
     for already, expected in ((0, HUGE_BATCH), (HUGE_BATCH, 3)):
-        collect(machine, 0, 64, guest.nodes, none, FAST, 1, 2, thp, batch)
+        collect(machine, 0, faults)
         mapped = np.flatnonzero(machine.tables.upper[: space.tables] & HUGE)
         assert mapped.size == already + expected
         fresh = batch.fresh[: batch.counts[2]]
@@ -251,7 +251,8 @@ def test_a_protected_huge_page_is_one_hint_at_its_first_access(costs: Costs) -> 
         assert view.protect(int(head), 512) == 512
     touch_pages(machine, 0, [int(heads[0]) + 9, int(heads[1]) + 1, int(heads[0]) + 8, int(heads[0])])
     batch = new_batch(8)
-    collect(machine, 0, 8, guest.nodes, np.zeros(0, np.uint8), FAST, 1, 2, Thp(np.zeros(0, np.uint8), 7, False), batch)
+    thp = Thp(np.zeros(0, np.uint8), 7, False)
+    collect(machine, 0, Faults(guest.nodes, np.zeros(0, np.uint8), 8, 1, 2, thp, batch))
     assert batch.hint_page[: batch.counts[0]].tolist() == heads.tolist()
     assert batch.hint_position[: batch.counts[0]].tolist() == [0, 1]
     assert not (machine.tables.upper & QUEUED).any() and not (machine.gpt & QUEUED).any()
