@@ -10,7 +10,7 @@ from benchmarks.figures import print_figures, to_builtins
 from fleet import numba_cache
 from fleet.provenance import library_versions
 
-NAMES = ("engine", "mechanisms", "workloads", "fleet_start", "hypercall")
+NAMES = ("engine", "mechanisms", "hint_faults", "workloads", "fleet_start", "hypercall")
 
 
 def main() -> None:
