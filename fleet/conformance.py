@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +37,9 @@ PAIR_S = 0.2
 """Virtual time that a pair runs beyond what its policy needs to act."""
 END = 0.15
 """Share of a run at its end over which a policy must do better than random placement."""
-LLC_PER_MEMORY = 54 / (16 << 10)
-"""Last-level cache of a small guest's host: as 16 GiB have it on the default one. More would hold the hot set."""
+CACHES_FIT = 16 << 30
+"""Memory of a guest, in bytes, that has the host's caches as they are; a smaller one's would hold its hot set, so that
+it is run as this one scaled down."""
 NEGLIGIBLE = 1e-3
 """Share of an agent's measured CPU that a stage may use to find nothing to do, for which no cost stands."""
 
@@ -72,15 +74,15 @@ def alone(
         name: max(least_s, need_s if need_s <= most_s else 0, _seconds(2 * _acts_ps(policies()[name])))
         for name, need_s in needs.items()
     }
-    llc: dict[str, object] = {}
-    if memory < 16 << 30:
-        llc = {"set": {"host.llc_bytes": f"{round(memory * LLC_PER_MEMORY) >> 10}KiB"}}
+    whole: dict[str, object] = {}
+    if memory < CACHES_FIT:
+        base, whole = base | {"memory": CACHES_FIT}, {"scale": str(Fraction(memory, CACHES_FIT))}
 
     def one(name: str) -> Verdict:
         policy = policies()[name]
         keys = _fitting(base, policy) | {"policy": name, "workload": "gups", "seconds": lasts[name]}
         excuse = policy.no_gain or (f"gains after {needs[name]} virtual s" if needs[name] > lasts[name] else "")
-        return _judge(policy, *_run([keys], llc), excuse)
+        return _judge(policy, *_run([keys], whole), excuse)
 
     progress(0, len(names), f"{sum(lasts.values())} virtual s")
     verdicts = {}
@@ -143,10 +145,10 @@ def _judge(policy: Policy, summary: dict[str, Any], series: pa.Table, excuse: st
     broken += [f"{tier['name']}: {tier['peak']} of {tier['frames']} frames used"
                for tier in summary["host"]["tiers"] if tier["peak"] > tier["frames"]]  # fmt: skip
     modelled, measured = vm["agent_cpu"]["modelled_s"], vm["agent_cpu"]["measured_s"]
-    least_s = NEGLIGIBLE * sum(measured[stage] for stage in STAGES)
+    negligible_s = NEGLIGIBLE * sum(measured[stage] for stage in STAGES)
     broken += [f"{stage}: {measured[stage]:.2g} s measured, {modelled[stage]:.2g} s modelled: one of them is nothing"
                for stage in STAGES
-               if (measured[stage] == 0 if modelled[stage] > 0 else measured[stage] > least_s)]  # fmt: skip
+               if (measured[stage] == 0 if modelled[stage] > 0 else measured[stage] > negligible_s)]  # fmt: skip
     if policy.view == "-" and any(modelled[stage] for stage in STAGES):
         broken.append("a policy that manages nothing has used CPU")
     random = vm["memory"]["fast_bytes"] / vm["memory"]["total_bytes"]

@@ -22,20 +22,8 @@ def conformance(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(300)
 def test_a_policy_is_run_alone_and_with_every_workload() -> None:
-    done = conformance(
-        "hyperplace",
-        "--memory",
-        "16MiB",
-        "--vcpus",
-        "1",
-        "--seconds",
-        "1",
-        "--longest",
-        "1",
-        "--pair-memory",
-        "16MiB",
-        "--json",
-    )
+    words = "hyperplace --memory 16MiB --vcpus 1 --seconds 1 --longest 1 --pair-memory 16MiB --json"
+    done = conformance(*words.split())
     assert done.returncode in (0, 1), done.stderr
     found = json.loads(done.stdout)
     (one,) = found["alone"]
