@@ -90,7 +90,8 @@ def figure_cell(of: Plan, policy: str, vms: int) -> Experiment:
         "transactions": FIGURE_UPDATES // vms, "policy": policy, "scale": str(of.scale), "seed": of.seed,
         "sample": "1s",
     }  # fmt: skip
-    # What hyperplace burns a second depends on its epoch and sampling period, which therefore stay as they are.
+    # What samples cost a second depends on epoch and sampling period, which therefore stay as they are; the walk at
+    # each ranking shrinks with the memory then (docs/validation.md).
     scaled = {} if policy == "hyperplace" else constants(policy, of.scale)
     return _load(flags, machine(of.scale) | scaled)
 
