@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guestd.hotness import in_fast
-from guestd.report import percentiles_ns
+from guestd.report import percentiles_ns, progress
 from guestd.vcpu import LATENCY_BIN_SHIFT, LATENCY_BINS
 from proto.costs import Costs
 from proto.counters import split
 from tests.guestd.machines import guest_config, run_guest
+from tests.small_fleet import new_fleet, small_guest, until_populated
 
 
 @given(latencies=st.lists(st.integers(0, LATENCY_BINS - 1), min_size=1, max_size=300))
@@ -23,6 +24,18 @@ def test_percentiles_are_upper_edges_of_the_bins_of_the_sorted_latencies(latenci
 
 def test_no_access_has_no_percentiles() -> None:
     assert percentiles_ns(np.zeros(LATENCY_BINS, np.int64)) == {}
+
+
+def test_progress_is_a_share_even_where_the_run_began_past_the_barrier(costs: Costs) -> None:
+    """The last vCPU to populate may be ahead of the barrier, by what its last faults cost; the host refuses less."""
+    fleet = new_fleet(small_guest(costs, run_ms=30))
+    guest = until_populated(fleet)
+    guest.run_started_ps = guest.now + 1
+    assert progress(guest) == 0
+    found = [progress(guest)]
+    while fleet.step():
+        found.append(progress(guest))
+    assert found == sorted(found) and found[-1] == 1
 
 
 def test_ratios_follow_from_the_counts_beside_them(costs: Costs) -> None:
