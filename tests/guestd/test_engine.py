@@ -402,7 +402,7 @@ class Pair:
                 execute(machine, index, 0, 0, 0, page)
 
 
-@settings(max_examples=FUZZ or 600, derandomize=not FUZZ)
+@settings(max_examples=FUZZ or 1000, derandomize=not FUZZ)
 @given(program=programs())
 def test_engine_does_what_the_reference_does(program: Program, costs: Costs) -> None:
     pair = Pair(program, costs)

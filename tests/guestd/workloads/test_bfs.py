@@ -107,7 +107,6 @@ def finished_search(work: Bfs, vcpus: int = 1, sizes: tuple[int, ...] = (ROOM,))
     return work.queue[: int(work.state[TAIL])].tolist(), parent
 
 
-@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(ROOM, ROOM + 150), min_size=1, max_size=5), vcpus=st.integers(1, 4),
        seed=st.integers(0, 1000))  # fmt: skip
 def test_a_search_makes_a_tree_of_shortest_paths_whoever_takes_part(

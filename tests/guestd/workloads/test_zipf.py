@@ -4,7 +4,7 @@ from decimal import localcontext
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from guestd.jit import int64, kernel
@@ -67,7 +67,6 @@ def test_draws_follow_the_masses(ranks: int, exponent: str) -> None:
     assert chi_square < freedom + 6 * (2 * freedom) ** 0.5
 
 
-@settings(max_examples=40)
 @given(ranks=st.integers(1, (1 << 31) - 1), exponent=st.sampled_from(("0.01", "0.7", "0.99", "1", "1.21", "3")),
        u=st.lists(st.integers(0, (1 << 32) - 1), min_size=1, max_size=20))  # fmt: skip
 def test_ranks_are_in_range_and_rise_with_the_draw(ranks: int, exponent: str, u: list[int]) -> None:
