@@ -322,7 +322,14 @@ def _reasons(out: list[Outgoing]) -> str:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
+    _terminate_no_more()
     raise Terminated(signal.Signals(signum).name)
+
+
+def _terminate_no_more() -> None:
+    """Ignore what asks for the end, which has begun: another signal in its middle would leave the sockets behind."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)
 
 
 def host_process(
@@ -333,29 +340,33 @@ def host_process(
     make_core: Callable[[HostConfig, list[GuestConfig]], HostCore],
 ) -> int:
     """What the zygote's child that is the host does; its exit status. ``parent``: the zygote's pid."""
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGQUIT, _terminate)
-    ignore_terminal()
     channel = Channel(control, msgspec.msgpack.Decoder(ToHostControl))
     server: HostServer | None = None
+    status = 1
     try:
-        die_with_parent(parent, signal.SIGTERM)
-        set_title("host")
-        hide_memory()
-        close_inherited({control.fileno(), arrivals.fileno()})
-        core = make_core(launch.host, launch.guests)
-        server = HostServer(core, launch, channel, Arrivals(arrivals))
-        server.run()
+        try:
+            signal.signal(signal.SIGTERM, _terminate)
+            signal.signal(signal.SIGQUIT, _terminate)
+            ignore_terminal()
+            die_with_parent(parent, signal.SIGTERM)
+            set_title("host")
+            hide_memory()
+            close_inherited({control.fileno(), arrivals.fileno()})
+            core = make_core(launch.host, launch.guests)
+            server = HostServer(core, launch, channel, Arrivals(arrivals))
+            server.run()
+            status = 0
+        except Exception as error:
+            LineLog(launch.host.log_path, None, "host").error(traceback.format_exc())
+            with contextlib.suppress(OSError):
+                channel.send(Broken(message=f"the host failed: {type(error).__name__}: {error}"))
+        finally:
+            _terminate_no_more()
     except Terminated:
-        return 1
-    except Exception as error:
-        LineLog(launch.host.log_path, None, "host").error(traceback.format_exc())
-        with contextlib.suppress(OSError):
-            channel.send(Broken(message=f"the host failed: {type(error).__name__}: {error}"))
-        return 1
+        status = 1
     finally:
         # Also when the parents died without a word: the socket goes, whatever happened.
         transport.remove_directory(launch.directory)
         if server is not None:
             server.close()
-    return 0
+    return status

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -299,7 +300,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("victims", ["launcher", "launcher and zygote"])
+@pytest.mark.parametrize("victims", ["launcher", "launcher and zygote", "launcher, and the host asked many times"])
 def test_a_killed_launcher_leaves_nothing(
     configs: Callable[..., tuple[list[GuestConfig], HostConfig]], runtime: Path, tmp_path: Path, victims: str
 ) -> None:
@@ -316,9 +317,14 @@ def test_a_killed_launcher_leaves_nothing(
         assert len(family) == len(guests) + 2
         (socket,) = runtime.glob("fleet-*/*")
         assert socket.is_socket()
-        if victims != "launcher":
+        (host_pid,) = [process.pid for process in family if "".join(process.cmdline()).startswith("fleet: host")]
+        if victims == "launcher and zygote":
             family[0].kill()
         launcher.kill()
+        if victims == "launcher, and the host asked many times":
+            with suppress(ProcessLookupError):
+                while True:
+                    os.kill(host_pid, signal.SIGTERM)
     # Each gets its signal from the kernel; the test's own time limit bounds the wait.
     while any(_alive(process) for process in family) or os.listdir(runtime):
         pass
