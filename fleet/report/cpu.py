@@ -20,7 +20,7 @@ def cores_by_vms(found: Sequence[Subject]) -> Figure | Absent:
     if not any("vms" in subject.axes for subject in found):
         return Absent(title, "it takes a sweep with the axis vms")
     lines: dict[str, list[Subject]] = {}
-    along = advancing_with("vms", found)
+    along = advancing_with("vms", [subject.axes for subject in found])
     for subject in found:
         lines.setdefault(axes_label(subject.axes, along), []).append(subject)
     series = []

@@ -138,9 +138,10 @@ def _dress(axes: "Axes", figure: Figure) -> None:
     elif not upward.log and not upward.categories and upward.addresses is None and figure.matrix is None:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     if across.categories:
-        long = sum(map(len, across.categories)) > 90
-        turned: dict[str, Any] = {"rotation": 55, "ha": "right", "rotation_mode": "anchor"} if long else {}
+        angle = style.turned(across.categories)
+        turned: dict[str, Any] = {"rotation": angle, "ha": "right", "rotation_mode": "anchor"} if angle else {}
         axes.set_xticks(range(len(across.categories)), across.categories, fontsize=8, **turned)
+        axes.set_xlim(-0.6, len(across.categories) - 0.4)
     if upward.categories:
         axes.set_yticks(range(len(upward.categories)), upward.categories, fontsize=8)
         axes.invert_yaxis()

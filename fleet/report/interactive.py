@@ -51,8 +51,8 @@ def plotly_figure(figure: Figure) -> dict[str, Any]:
         "hovermode": "closest",
         "showlegend": bool(figure.series),
         "legend": _LEGEND_BESIDE if many else _LEGEND_ABOVE,
-        "modebar": {"orientation": "v"},
-        "margin": {"l": 80, "r": 40, "t": 20, "b": 60},
+        "modebar": {"orientation": "h" if many else "v"},
+        "margin": {"l": 80, "r": 40, "t": 40 if many else 20, "b": 60},
         "height": 560 if heat or many or len(figure.x.categories) > 16 else 440,
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#111111"},
         "paper_bgcolor": "#ffffff",
@@ -75,6 +75,8 @@ def _axis(axis: Axis, figure: Figure) -> dict[str, Any]:
     if axis.categories:
         form |= {"tickvals": list(range(len(axis.categories))), "ticktext": list(axis.categories), "showgrid": False}
         form |= {"range": [-0.6, len(axis.categories) - 0.4]}
+        if not figure.horizontal:
+            form["tickangle"] = -style.turned(axis.categories)
     if axis.whole:
         form |= {"tickformat": ",d", "minallowed": 0} | (
             {} if axis.log else {"dtick": 1} if _span(figure) <= 20 else {}

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fleet.report.figure import NO_MARKER, Absent, Axis, Figure, Look, Series, Values
-from fleet.report.subject import cell_label, is_run, typical, vm_label
+from fleet.report.subject import cell_label, implied_axes, is_run, typical, vm_label
 from fleet.sweep.store import Cell
 
 MOST_SHOWN = 8
@@ -45,11 +45,12 @@ def tracks(cells: Sequence[Cell]) -> tuple[list[Track], str]:
         found = list(_vm_tracks(cells[0]))
         more = len(found) - MOST_LINES
     else:
-        chosen = typical(cells)
+        chosen, implied = typical(cells), implied_axes(cells)
         found = [
             track
             for cell in cells
-            if cell.status == "done" and (track := _cell_track(cell, cell in chosen)) is not None
+            if cell.status == "done"
+            and (track := _cell_track(cell, cell_label(cell, implied), cell in chosen)) is not None
         ]
         found.sort(key=lambda track: not track.shown)
         more = len(found) - MOST_LINES
@@ -146,7 +147,7 @@ def _vm_tracks(cell: Cell) -> Iterator[Track]:
         yield _track(vm_label(vm), shown, part, vm.get("hotness", {}).get("oracle_fast_ratio"))
 
 
-def _cell_track(cell: Cell, shown: bool) -> Track | None:
+def _cell_track(cell: Cell, label: str, shown: bool) -> Track | None:
     table = _intervals(cell)
     if table is None or not table.num_rows or cell.summary is None:
         return None
@@ -157,7 +158,7 @@ def _cell_track(cell: Cell, shown: bool) -> Track | None:
     ]
     known = len(weights) == len(cell.summary["vms"]) and sum(total for _, total in weights) > 0
     oracle = sum(ratio * total for ratio, total in weights) / sum(total for _, total in weights) if known else None
-    return _track(cell_label(cell), shown, table, oracle)
+    return _track(label, shown, table, oracle)
 
 
 def _track(label: str, shown: bool, table: pa.Table, oracle: float | None) -> Track:

@@ -4,6 +4,7 @@ The colours are of different lightness and the fills are greys, so that a print 
 (house style of `fleet.figure`).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fleet.report.figure import NO_MARKER, Look
@@ -70,3 +71,8 @@ def stacks(names: list[str]) -> dict[str, tuple[float, float]]:
     order = list(dict.fromkeys(names))
     width = 0.8 / max(len(order), 1)
     return {name: (-0.4 + width * (index + 0.5), width * 0.94) for index, name in enumerate(order)}
+
+
+def turned(categories: Sequence[str]) -> int:
+    """Degrees by which the names of categories must be turned to stand beside each other."""
+    return 55 if sum(map(len, categories)) > 90 else 0

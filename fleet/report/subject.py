@@ -56,9 +56,10 @@ def subjects(cells: Sequence[Cell]) -> list[Subject]:
     for cell in cells:
         if cell.summary is not None and cell.status == "done":
             points.setdefault(repr(cell.axes), []).append(cell)
+    implied = implied_axes(cells)
     return [
         Subject(
-            axes_label(group[0].axes),
+            axes_label(group[0].axes, implied),
             group[0].axes,
             tuple(tuple(cell.summary["vms"]) for cell in group if cell.summary),
         )
@@ -91,18 +92,26 @@ def axes_label(axes: Mapping[str, object], without: tuple[str, ...] = ()) -> str
     return " ".join(parts) or "all"
 
 
-def advancing_with(key: str, found: Sequence[Subject]) -> tuple[str, ...]:
+def advancing_with(key: str, points: Sequence[Mapping[str, object]]) -> tuple[str, ...]:
     """``key`` and the axes that have one value for each of its values, as those have that a sweep zips with it."""
     values: dict[str, dict[object, set[str]]] = {}
-    for subject in found:
-        for name, value in subject.axes.items():
-            values.setdefault(name, {}).setdefault(subject.axes[key], set()).add(repr(value))
+    for axes in points:
+        for name, value in axes.items():
+            values.setdefault(name, {}).setdefault(axes[key], set()).add(repr(value))
     return tuple(name for name, by_key in values.items() if all(len(each) == 1 for each in by_key.values()))
 
 
-def cell_label(cell: Cell) -> str:
+def implied_axes(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """Axes that labels leave out, as the number of VMs tells them: the memory of each, say."""
+    points = [cell.axes for cell in cells]
+    if not all("vms" in axes for axes in points):
+        return ()
+    return tuple(name for name in advancing_with("vms", points) if name not in ("vms", "policy", "workload"))
+
+
+def cell_label(cell: Cell, without: tuple[str, ...] = ()) -> str:
     """The label of a cell's point, with the repetition where it is not the first."""
-    return axes_label(cell.axes) + (f" #{cell.repetition + 1}" if cell.repetition else "")
+    return axes_label(cell.axes, without) + (f" #{cell.repetition + 1}" if cell.repetition else "")
 
 
 MOST_VMS = 4
@@ -125,12 +134,12 @@ def typical(cells: Sequence[Cell]) -> list[Cell]:
 def chosen_vms(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Vm, str]]:
     """At most `MOST_VMS`, each with its label: the first of each policy and workload of a run, or of typical cells."""
     found: list[tuple[Cell, Vm, str]] = []
-    run = is_run(cells)
+    run, implied = is_run(cells), implied_axes(cells)
     for cell in cells if run else typical(cells):
         kinds: set[tuple[str, str]] = set()
         for vm in (cell.summary or {}).get("vms", []):
             kind = (vm["policy"], vm["workload"])
             if kind not in kinds and vm["policy"] != "none":
                 kinds.add(kind)
-                found.append((cell, vm, vm_label(vm) if run else f"{cell_label(cell)}, vm{vm['id']}"))
+                found.append((cell, vm, vm_label(vm) if run else f"{cell_label(cell, implied)}, vm{vm['id']}"))
     yield from found[:MOST_VMS]

@@ -79,4 +79,5 @@ def test_an_axis_that_is_zipped_with_the_number_of_vms_is_no_line_of_its_own(tmp
     assert [series.name for series in figure.series] == [
         f"{policy} seed={seed} (measured)" for policy in ("g-tpp", "h-tpp") for seed in (1, 2)
     ]
+    assert subjects(cells)[0].label == "1 VM g-tpp seed=1"
     assert all(series.x.tolist() == [1, 2, 3] and series.y.tolist() == [0.5, 1, 1.5] for series in figure.series)
