@@ -41,6 +41,11 @@ def run_cells(
     return {name: cell.summary or _without(cell.reason) for name, cell in zip(experiments, done, strict=True)}
 
 
+def label(name: str) -> str:
+    """How progress calls the cell of this name."""
+    return f"{_NAME}={name}"
+
+
 def folder(root: Path) -> Path:
     """Where the cells of this state of the emulator lie."""
     return root / f"emulator-{_sources_digest()[:12]}"

@@ -1,7 +1,7 @@
 """What a person sees of a sweep: on a terminal a bar with ETA and what runs and failed, elsewhere a line per cell."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol, Self
 
 from rich.console import Console
@@ -38,11 +38,17 @@ class Silent:
 
 
 class Display:
-    """On a console; a context while the sweep runs. ``clock``: wall time in seconds (for tests)."""
+    """On a console; a context while the sweep runs.
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    ``clock``: wall time in seconds (for tests). ``meant_to_fail``: labels of cells that show something by failing.
+    """
+
+    def __init__(
+        self, console: Console, clock: Callable[[], float] = time.monotonic, meant_to_fail: Container[str] = ()
+    ) -> None:
         self._console = console
         self._clock = clock
+        self._meant_to_fail = meant_to_fail
         self._weights: dict[str, float] = {}
         self._running: dict[str, tuple[str, float]] = {}
         self._failed: list[str] = []
@@ -77,7 +83,9 @@ class Display:
         self._ended += 1
         self._ended_weight += self._weights.get(point.hash, 0.0)
         took_s = self._clock() - since_s
-        if reason:
+        if reason and point.label in self._meant_to_fail:
+            self._console.print(escape(f"{point.label} failed, as it is meant to: {reason}"), soft_wrap=True)
+        elif reason:
             self._failed.append(point.label)
             self._console.print(f"FAILED {escape(point.label)}: {escape(reason)}", style="red", soft_wrap=True)
         elif self._live is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fleet.validate import groups as g
+from fleet.validate.experiments import MEANT_TO_FAIL
 from fleet.validate.published import COUNTERS
 
 Summary = Mapping[str, Any]
@@ -149,7 +150,7 @@ def _legacy(results: Results) -> tuple[bool, str]:
         summary = results[name]
         return summary["errors"][0]["kind"] if summary["errors"] else summary["outcome"]
 
-    names = ("words/pebs-legacy-meant-to-die", "words/pebs-legacy-populated", "words/pebs-ept-friendly")
+    names = (MEANT_TO_FAIL, "words/pebs-legacy-populated", "words/pebs-ept-friendly")
     lazy, populated, friendly = (end(name) for name in names)
     text = f"legacy, lazily populated: {lazy}; legacy, populated at launch: {populated}; EPT-friendly, lazy: {friendly}"
     return (lazy, populated, friendly) == ("pebs_ept_violation", "ok", "ok"), text
@@ -216,7 +217,7 @@ CLAIMS = (
     Claim("pebs_isolated", "PEBS samples stay in their VM", "by definition", ("words/pebs-own", "words/pebs-shared"),
           holds=_isolation),
     Claim("legacy_pebs_crashes", "Legacy PEBS with lazily populated memory kills the VM; populating prevents it",
-          "mechanism", ("words/pebs-legacy-meant-to-die", "words/pebs-legacy-populated", "words/pebs-ept-friendly"),
+          "mechanism", (MEANT_TO_FAIL, "words/pebs-legacy-populated", "words/pebs-ept-friendly"),
           holds=_legacy),
     Claim("pml_no_filter", "PML cannot filter addresses", "mechanism", ("words/pml",), holds=_pml),
     Claim("poller_core", "A private poller wastes a core a VM", "by definition", ("figure/hemem/9",), holds=_poller),

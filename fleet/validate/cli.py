@@ -53,6 +53,7 @@ def validate(
     import msgspec
 
     from fleet.atomic import write_atomic
+    from fleet.cells import label
     from fleet.sweep.progress import Display
     from fleet.validate import experiments, runner, table
 
@@ -60,7 +61,7 @@ def validate(
         raise SpecError(f"--costs: must be one of {', '.join(get_args(runner.Extent))}, not {costs!r}")
     plan = experiments.plan(_scale("1" if full else scale), updates, seed)
     console, progress = _consoles()
-    with Display(progress) as display:
+    with Display(progress, meant_to_fail={label(experiments.MEANT_TO_FAIL)}) as display:
         report = runner.check(plan, cast(runner.Extent, costs), price, out, claim or [], jobs=jobs, progress=display)
     plain = json.dumps(msgspec.to_builtins(report), indent=2) + "\n"
     write_atomic(out / "validate.json", plain)

@@ -44,6 +44,18 @@ def test_a_line_per_cell_with_an_eta_by_weight() -> None:
     ]
 
 
+def test_a_cell_that_is_meant_to_fail_is_no_failure() -> None:
+    out, cells = io.StringIO(), points()
+    with Display(Console(file=out, width=200), Clock(), meant_to_fail={"vms=1"}) as display:
+        display.begin(cells, [1.0, 1.0, 1.0], 0)
+        display.finished(cells[0], "vm0: pebs_ept_violation: it died")
+        display.finished(cells[1], "")
+    assert out.getvalue().splitlines()[1:] == [
+        "vms=1 failed, as it is meant to: vm0: pebs_ept_violation: it died",
+        "2/3 vms=2 (0.0 s), ETA 0 s",
+    ]
+
+
 def test_a_terminal_has_a_bar_with_the_current_cell_and_the_failures() -> None:
     out, clock, cells = io.StringIO(), Clock(), points()
     console = Console(file=out, width=100, force_terminal=True, _environ={"TERM": "xterm"})
