@@ -70,24 +70,22 @@ def run_fleet(guests: list[GuestConfig], host: HostConfig, run_dir: Path, observ
     What goes wrong with a guest, or with the host, is in the result; only a fleet that can't be started raises:
     LaunchError, EndpointError.
     """
-    directory = transport.private_directory()
-    try:
-        with tempfile.TemporaryFile() as stderr, _signals() as signals:
-            run = _Run(guests, observer, signals)
-            launch = Launch(
-                host=msgspec.structs.replace(host, log_path=host.log_path or str(run_dir / "log.host.jsonl")),
-                guests=guests,
-                directory=str(directory),
-                log_path=str(run_dir / "log.zygote.jsonl"),
-            )
-            try:
-                run.start(launch, stderr)
-                run.loop()
-            finally:
-                run.close()
-            return run.result(_log_stderr(stderr, run_dir / "log.stderr.jsonl"))
-    finally:
-        transport.remove_directory(directory)
+    directory = transport.choose_directory()
+    with tempfile.TemporaryFile() as stderr, _signals() as signals:
+        run = _Run(guests, observer, signals)
+        launch = Launch(
+            host=msgspec.structs.replace(host, log_path=host.log_path or str(run_dir / "log.host.jsonl")),
+            guests=guests,
+            directory=str(directory),
+            log_path=str(run_dir / "log.zygote.jsonl"),
+        )
+        try:
+            run.start(launch, stderr)
+            run.loop()
+        finally:
+            run.close()
+            transport.remove_directory(directory)  # the host does that, unless it was killed
+        return run.result(_log_stderr(stderr, run_dir / "log.stderr.jsonl"))
 
 
 class _Signals:

@@ -75,7 +75,7 @@ class Launch(Control):
     host: HostConfig
     guests: list[GuestConfig]
     directory: str
-    """Private directory for the sockets."""
+    """For the sockets; the host makes it."""
     log_path: str
     """The zygote's own log file; empty = none."""
 

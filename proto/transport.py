@@ -9,6 +9,7 @@ the host hold many small ones.
 
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -44,15 +45,14 @@ class Incoming(NamedTuple):
     """The transport's descriptor of the connection; -1 if unknown. Names it in `Monitor.disconnected`."""
 
 
-def private_directory() -> Path:
-    """A new directory for the sockets that only this user can enter. Raises EndpointError if its path is too long."""
+def choose_directory() -> Path:
+    """A new name of a directory for sockets, which `bind_host` makes. Raises EndpointError if its path is too long."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     base = runtime if runtime and os.access(runtime, os.W_OK | os.X_OK) else tempfile.gettempdir()
     for parent in dict.fromkeys((base, "/tmp")):
-        directory = Path(tempfile.mkdtemp(prefix="fleet-", dir=parent))
+        directory = Path(parent) / f"fleet-{secrets.token_hex(8)}"
         if len(os.fsencode(directory / _SOCKET_NAME)) <= MAX_SOCKET_PATH:
             return directory
-        directory.rmdir()
     raise EndpointError(f"a socket below {base} has a path longer than {MAX_SOCKET_PATH} bytes; set TMPDIR=/tmp")
 
 
@@ -66,7 +66,7 @@ def bind_host(
 ) -> "tuple[zmq.Socket[bytes], str, bytes]":
     """The host's ROUTER, listening; its endpoint and its CURVE public key (empty for ipc). Raises EndpointError.
 
-    ``kind`` is ``ipc`` (in ``directory``) or ``tcp``.
+    ``kind`` is ``ipc`` (in ``directory``, made here for this user alone) or ``tcp``.
     """
     if kind not in ("ipc", "tcp"):
         raise EndpointError(f"endpoint {kind!r} is not known; choose ipc or tcp")
@@ -83,8 +83,10 @@ def bind_host(
         socket.setsockopt(zmq.CURVE_SECRETKEY, secret_key)
         address = "tcp://127.0.0.1:*"
     try:
+        if kind == "ipc":
+            directory.mkdir(mode=0o700)
         socket.bind(address)
-    except zmq.ZMQError as error:
+    except (OSError, zmq.ZMQError) as error:
         socket.close(0)
         raise EndpointError(f"cannot listen at {address}: {error.strerror}") from error
     return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT), server_key

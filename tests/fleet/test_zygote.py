@@ -72,7 +72,7 @@ def launch(experiment: Experiment) -> Iterator[Launch]:
     """Two guests that would run for hours."""
     tenant = replace(experiment.tenants[0], vms=2, policy="none", vcpus=1, run_ps=10_000 * PS_PER_S)
     one = replace(experiment, tenants=(tenant,))
-    directory = transport.private_directory()
+    directory = transport.choose_directory()
     yield Launch(host=one.host_config(), guests=one.guests(), directory=str(directory), log_path="")
     transport.remove_directory(directory)
 

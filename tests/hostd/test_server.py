@@ -124,7 +124,7 @@ class Fleet:
     def __init__(self, experiment: Experiment, hang_timeout_s: float, cut_grace_s: float) -> None:
         self.config = msgspec.structs.replace(experiment.host_config(), hang_timeout_s=hang_timeout_s)
         self.guests = experiment.guests()
-        self.directory = transport.private_directory()
+        self.directory = transport.choose_directory()
         ours, theirs = Pipe()
         self.launcher = Channel(ours, msgspec.msgpack.Decoder(ToLauncher))
         self.zygote, arrivals = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

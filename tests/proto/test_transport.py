@@ -48,7 +48,7 @@ class Wire:
 
 @pytest.fixture(params=["ipc", "tcp"])
 def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
-    directory = transport.private_directory()
+    directory = transport.choose_directory()
     wire = Wire(request.param, directory)
     yield wire
     wire.close()
@@ -57,21 +57,29 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
 
 
 def test_the_directory_is_private_and_short() -> None:
-    directory = transport.private_directory()
-    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    directory = transport.choose_directory()
+    assert not directory.exists()
     assert len(os.fsencode(directory)) < transport.MAX_SOCKET_PATH - 16
-    transport.remove_directory(directory)
-    transport.remove_directory(directory)
+    context = zmq.Context(1)
+    try:
+        router, _, _ = transport.bind_host(context, "ipc", directory)
+        router.close(0)
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        # Whoever made it before us may read in it.
+        with pytest.raises(EndpointError, match="File exists"):
+            transport.bind_host(context, "ipc", directory)
+    finally:
+        context.destroy(0)
+        transport.remove_directory(directory)
+        transport.remove_directory(directory)
+    assert not directory.exists()
 
 
 def test_a_path_too_long_for_a_socket_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
-    directory = transport.private_directory()
-    assert directory.parent == Path("/tmp")
-    assert not list(deep.iterdir())
-    transport.remove_directory(directory)
+    assert transport.choose_directory().parent == Path("/tmp")
 
 
 def test_an_unknown_endpoint_is_refused(tmp_path: Path) -> None:
