@@ -6,6 +6,7 @@ left out: a result that two costs decide only together is not found.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -17,7 +18,7 @@ from msgspec import Struct
 
 from fleet import hosts, metric
 from fleet.atomic import write_atomic
-from fleet.cells import Summary, run_cells
+from fleet.cells import Summary, failure, run_cells
 from fleet.errors import ProfileError, SpecError
 from fleet.experiment import Experiment
 from fleet.hosts import Figure, Profile
@@ -29,7 +30,10 @@ DECIDES = 0.02
 
 
 class Effect(Struct, frozen=True):
-    """What one cost does to a metric; ``at_low`` and ``at_high`` are None where that run failed."""
+    """What one cost does to a metric.
+
+    ``at_low`` and ``at_high`` are None where that run failed, or where the engine can't have a cost of that value.
+    """
 
     cost: str
     unit: str
@@ -42,17 +46,20 @@ class Effect(Struct, frozen=True):
     at_high: float | None
     grade: str
     source: str
+    failed: bool
+    """Whether the run at an end failed."""
 
     @property
     def swing(self) -> float:
-        """Distance between the lowest and the highest value met, as a share of the default's."""
+        """Distance between the lowest and the highest value met, as a share of the default's; inf where that is 0."""
         met = [value for value in (self.at_low, self.at_default, self.at_high) if value is not None]
-        return (max(met) - min(met)) / abs(self.at_default) if self.at_default else max(met) - min(met)
+        width = max(met) - min(met)
+        return width / abs(self.at_default) if self.at_default else math.inf if width else 0.0
 
     @property
     def decides(self) -> bool:
         """Whether the metric depends on it."""
-        return self.swing > DECIDES or None in (self.at_low, self.at_high)
+        return self.swing > DECIDES or self.failed
 
 
 def choose(profile: Profile, names: Sequence[str], grades: Sequence[str]) -> list[Figure]:
@@ -88,7 +95,9 @@ def moved(experiment: Experiment, figure: Figure, value: object, profile: Profil
         costs = _stretched(experiment, figure, Fraction(str(value)))
     else:
         costs = hosts.override(experiment.costs, figure.key, f"{value} {figure.unit}", profile)
-    return replace(experiment, costs=costs)
+    # What the spec says of this cost is no longer so; it would win when the experiment is read again.
+    overrides = {key: given for key, given in experiment.host_overrides.items() if key != figure.key}
+    return replace(experiment, costs=costs, host_overrides=overrides)
 
 
 def _stretched(experiment: Experiment, figure: Figure, last: Fraction) -> Any:
@@ -122,7 +131,7 @@ def analyse(
     cells = variants(experiment, figures, profile)
     base = run_cells({"default": experiment}, root)["default"]
     if base["outcome"] != "ok":
-        raise SpecError("the run at the spec's own costs failed: " + base["errors"][0]["message"])
+        raise SpecError("the run at the spec's own costs failed: " + failure(base))
     at_default = metric.value(base, path)
     summaries = run_cells(cells, root, jobs=jobs, progress=progress)
     effects = [_effect(figure, experiment, profile, path, at_default, summaries) for figure in figures]
@@ -134,11 +143,8 @@ def _effect(
     summaries: Mapping[str, Summary],
 ) -> Effect:  # fmt: skip
     """One cost's, from the runs named by `variants`."""
-    met = {}
-    for end in ("low", "high"):
-        summary = summaries.get(f"{figure.key} {end}")
-        well = summary is not None and summary["outcome"] == "ok"
-        met[end] = metric.value(summary, path) if well and summary is not None else None
+    there = {end: summaries[name] for end in ("low", "high") if (name := f"{figure.key} {end}") in summaries}
+    met = {end: metric.value(summary, path) for end, summary in there.items() if summary["outcome"] == "ok"}
     return Effect(
         cost=figure.key,
         unit=figure.unit,
@@ -146,11 +152,12 @@ def _effect(
         default=hosts.in_unit(experiment.costs, figure, profile),
         high=float(figure.high),
         metric=path,
-        at_low=met["low"],
+        at_low=met.get("low"),
         at_default=at_default,
-        at_high=met["high"],
+        at_high=met.get("high"),
         grade=figure.grade,
         source=figure.source,
+        failed=len(met) < len(there),
     )
 
 

@@ -123,6 +123,8 @@ def load(
     Raises SpecError or ProfileError.
     """
     data, where, folder = (read_toml(path), path.name, path.parent) if path else ({}, "", Path())
+    if "axes" in data:
+        raise SpecError(f"{path}: has [axes], so it is a sweep: fleet sweep {path}")
     return resolve(data, where, folder, flag_layer(flags or {}) | setting_layer(settings), registries)
 
 

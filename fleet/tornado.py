@@ -4,6 +4,7 @@ Costs that nobody has published (grade ``estimated``) are marked in both: a conc
 on a guess.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,12 +32,15 @@ def print_effects(effects: Sequence[Effect], console: Console) -> None:
     for effect in deciding:
         span = f"{effect.low:g} - {effect.default:g} - {effect.high:g} {effect.unit}"
         grade = "UNPUBLISHED (estimated)" if effect.grade == UNPUBLISHED else effect.grade
-        row = (effect.cost, span, _value(effect.at_low), _value(effect.at_high), f"{100 * effect.swing:.1f} %", grade)
+        swing = f"{100 * effect.swing:.1f} %" if math.isfinite(effect.swing) else "from 0"
+        row = (effect.cost, span, _value(effect.at_low), _value(effect.at_high), swing, grade)
         table.add_row(*(Text(cell) for cell in row))
     if deciding:
         console.print(table)
     else:
         console.print("no cost moves it by more than " + f"{100 * DECIDES:g} % over its plausible range")
+    if failed := [effect.cost for effect in deciding if effect.failed]:
+        console.print("the run at an end of its range failed: " + ", ".join(failed), markup=False, soft_wrap=True)
     guesses = [effect.cost for effect in deciding if effect.grade == UNPUBLISHED]
     if guesses:
         console.print("it depends on costs that nobody has published: " + ", ".join(guesses), soft_wrap=True)
@@ -46,7 +50,7 @@ def print_effects(effects: Sequence[Effect], console: Console) -> None:
 
 
 def _value(number: float | None) -> str:
-    return "failed" if number is None else f"{number:.6g}"
+    return "-" if number is None else f"{number:.6g}"
 
 
 def draw(effects: Sequence[Effect], target: Path) -> None:

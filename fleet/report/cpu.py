@@ -54,7 +54,7 @@ def cores_by_vms(found: Sequence[Subject]) -> Figure | Absent:
 
 
 def _vms(subject: Subject) -> int:
-    return int(str(subject.axes["vms"]))
+    return int(float(str(subject.axes["vms"])))
 
 
 def by_stage(found: Sequence[Subject]) -> Figure | Absent:

@@ -1,7 +1,8 @@
 """The sensitivity tornado: how far each cost of the host profile moves a metric over its plausible range.
 
 Drawn from ``sensitivity.json``, a list of {cost, unit, low, default, high, metric, at_low, at_default, at_high, grade,
-source}: for each cost the metric with the cost at the ends of its range (null: that run failed) and at its default.
+source, failed}: for each cost the metric with the cost at the ends of its range (null: that run failed, or no engine
+can have a cost of that value) and at its default.
 """
 
 import json
@@ -18,9 +19,12 @@ MOST_COSTS = 30
 Row = dict[str, Any]
 _KEYS = (
     "metric", "cost", "unit", "low", "default", "high", "at_low", "at_default", "at_high", "grade", "source",
+    "failed",
 )  # fmt: skip
-_TYPES: dict[str, Any] = dict.fromkeys(("metric", "cost", "unit", "grade", "source"), str) | dict.fromkeys(
-    ("at_low", "at_high"), float | int | None
+_TYPES: dict[str, Any] = (
+    dict.fromkeys(("metric", "cost", "unit", "grade", "source"), str)
+    | dict.fromkeys(("at_low", "at_high"), float | int | None)
+    | {"failed": bool}
 )
 
 
@@ -39,7 +43,7 @@ def sensitivity_table(directory: Path) -> Table | None:
     """Every cost that was varied, the one that moves its metric most first. Raises OutputError."""
     rows = sorted(_read(directory), key=lambda row: (row["metric"], -_width(row), row["cost"]))
     columns = tuple(map(Column, _KEYS))
-    note = "at_low and at_high: the metric with the cost at that end of its range; - where that run failed."
+    note = "at_low and at_high: the metric with the cost at that end of its range; - where there is no such run."
     found = tuple(tuple(row[key] for key in _KEYS) for row in rows)
     return Table("sensitivity", "Sensitivity", columns, found, note) if rows else None
 
@@ -69,7 +73,7 @@ def _width(row: Row) -> float:
 def _tornado(metric: str, rows: list[Row], number: int) -> Figure | Absent:
     rows = sorted(rows, key=lambda row: (-_width(row), row["cost"]))
     most, still = [row for row in rows if _width(row)][:MOST_COSTS], sum(_width(row) == 0 for row in rows)
-    failed = [row["cost"] for row in rows if None in (row["at_low"], row["at_high"])]
+    failed = [row["cost"] for row in rows if row["failed"]]
     if not most:
         return Absent(f"Sensitivity of {metric}", f"none of {len(rows)} costs moves it")
     base = values([row["at_default"] for row in most])

@@ -20,7 +20,7 @@ Axes = dict[str, list[object]]
 
 MOST_VALUES = 100_000
 """Of an axis, and points of a sweep: more is a slip of the pen."""
-_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
+_NUMBER = r"[+-]?(?:\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(?::({_NUMBER}))?", re.ASCII)
 
 
@@ -50,7 +50,8 @@ def values_of(key: str, given: object, where: str, registries: Registries) -> li
     if not values:
         raise SpecError(f"{where}: has no value; give a list, a range such as 1..9, or a comma list")
     if len(set(map(repr, values))) < len(values):
-        twice = next(value for number, value in enumerate(values) if value in values[:number])
+        written = list(map(repr, values))
+        twice = next(value for number, value in enumerate(values) if written[number] in written[:number])
         raise SpecError(f"{where}: names {twice} twice")
     return values
 

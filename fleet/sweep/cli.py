@@ -11,8 +11,11 @@ from fleet.errors import SpecError
 from fleet.names import unknown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fleet.sweep.run import Engine
     from fleet.sweep.spec import Sweep
+    from fleet.sweep.store import Cell
 
 _ENGINES = ("local", "dask")
 
@@ -45,8 +48,12 @@ def sweep(
     chosen = _engine(engine, scheduler, retries, jobs)
     plan = load_sweep(spec)
     out = out or Path("runs", plan.name)
+
+    def rerun(failed: "Cell") -> bool:
+        return rerun_failed
+
     if dry_run:
-        _show_plan(plan, out, jobs, as_json)
+        _show_plan(plan, out, rerun, jobs, as_json)
         return
     from rich.console import Console
 
@@ -55,7 +62,7 @@ def sweep(
 
     with Display(Console(stderr=True, highlight=False)) as display:
         cells = run_cells(
-            plan.points, out, progress=display, rerun_failed=rerun_failed, engine=chosen, name=plan.name, text=plan.text
+            plan.points, out, progress=display, rerun=rerun, engine=chosen, name=plan.name, text=plan.text
         )
     if as_json:
         sys.stdout.write((out / "results.json").read_text("utf-8"))
@@ -83,30 +90,26 @@ def _engine(name: str, scheduler: str | None, retries: int, jobs: int) -> "Engin
     return LocalEngine(jobs)
 
 
-def _show_plan(plan: "Sweep", out: Path, jobs: int, as_json: bool) -> None:
+def _show_plan(plan: "Sweep", out: Path, rerun: "Callable[[Cell], bool]", jobs: int, as_json: bool) -> None:
     """The cells, each with its estimate, and what that rests on."""
-    from fleet.errors import OutputError
     from fleet.sweep import estimate, store
     from fleet.sweep.progress import duration
+    from fleet.sweep.run import to_run
     from proto.units import format_bytes
 
-    try:
-        there = {cell.hash: cell for cell in store.load(out)}
-    except OutputError:
-        there = {}
-    rate = estimate.rate(there.values())
-    lines: list[dict[str, Any]] = []
-    for point in plan.points:
-        known = there.get(point.hash)
-        lines.append(
-            store.entry(point)
-            | {
-                "status": known.status if known else "missing",
-                "estimate_s": round(estimate.seconds(point.experiment, rate), 1),
-                "memory_bytes": estimate.memory_bytes(point.experiment),
-            }
-        )
-    left_s = sum(line["estimate_s"] for line in lines if line["status"] == "missing")
+    cells = [store.find(out, point) for point in plan.points]
+    rate = estimate.rate(cells)
+    lines: list[dict[str, Any]] = [
+        store.entry(point)
+        | {
+            "status": cell.status,
+            "estimate_s": round(estimate.seconds(point.experiment, rate), 1),
+            "memory_bytes": estimate.memory_bytes(point.experiment),
+        }
+        for point, cell in zip(plan.points, cells, strict=True)
+    ]
+    todo = {cell.hash: line["estimate_s"] for cell, line in zip(cells, lines, strict=True) if to_run(cell, rerun)}
+    left_s = sum(todo.values())
     if as_json:
         total = {"cells": lines, "estimate_s": left_s, "rate": rate.value, "rate_source": rate.source, "jobs": jobs}
         typer.echo(json.dumps(total, indent=2))
@@ -114,8 +117,7 @@ def _show_plan(plan: "Sweep", out: Path, jobs: int, as_json: bool) -> None:
     for point, line in zip(plan.points, lines, strict=True):
         size = format_bytes(line["memory_bytes"])
         typer.echo(f"{line['cell']}  {line['status']:7}  {line['estimate_s']:7.1f} s  {size:>9}  {point.label}")
-    missing = sum(line["status"] == "missing" for line in lines)
     typer.echo(
-        f"{len(lines)} cells, {missing} to run, about {duration(left_s)} one at a time "
+        f"{len(lines)} cells, {len(todo)} to run, about {duration(left_s)} one at a time "
         f"({rate.value:.2f} core-seconds per vCPU-second, {rate.source}; {estimate.START_S:g} s to start each)"
     )

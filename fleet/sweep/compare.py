@@ -1,7 +1,7 @@
 """Two sets of cells against each other, metric by metric, at equal points of their axes.
 
 A metric that the summary's digest covers is deterministic: a difference is exact, and there is none only where all
-pairs of equal point and repetition agree; the interval is then over seeds. What this machine measured varies from run
+pairs of equal point and seed agree; the interval is then over seeds. What this machine measured varies from run
 to run: there the permutation test decides (`fleet.sweep.permutation`), which needs repetitions.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from fleet.errors import SpecError
 from fleet.names import unknown
 from fleet.summary import is_deterministic
-from fleet.sweep.permutation import LEVEL, Difference, compare
+from fleet.sweep.permutation import LEVEL, Difference, compare, untested
 from fleet.sweep.results import numbers
 from fleet.sweep.store import Cell, load
 from fleet.sweep.where import comparable
@@ -70,20 +70,17 @@ class Finding(NamedTuple):
     metric: Metric
     pairs: int
     equal_pairs: int
-    repeated: bool
-    """At some point a side has several cells."""
+    exact: bool
+    """Nothing in the difference is up to chance: deterministic, and no side has several cells at a point."""
     difference: Difference
-
-    @property
-    def exact(self) -> bool:
-        """Nothing in the difference is up to chance."""
-        return self.metric.deterministic and not self.repeated
 
     @property
     def verdict(self) -> str:
         """In words."""
         found = self.difference
         if self.metric.deterministic:
+            if not self.pairs:
+                return "cannot tell: no seed in common"
             if self.equal_pairs == self.pairs:
                 return "no difference"
             return "differs" if self.equal_pairs == 0 else f"differs in {self.pairs - self.equal_pairs} of {self.pairs}"
@@ -120,8 +117,8 @@ def select(where: str) -> tuple[list[Cell], set[str]]:
             )
         chosen[key] = value
     for key, value in chosen.items():
-        there = list(dict.fromkeys(str(cell.axes.get(key)) for cell in cells))
-        cells = [cell for cell in cells if comparable(cell.axes.get(key)) == comparable(value)]
+        there = list(dict.fromkeys(shown(cell.axes.get(key)) for cell in cells))
+        cells = [cell for cell in cells if comparable(cell.axes.get(key)) == comparable(TRUTH.get(value, value))]
         if not cells:
             raise SpecError(f"{where}: no cell has {key}={value}; there are {', '.join(there)}")
     if not cells:
@@ -151,7 +148,9 @@ def compare_cells(a: str, b: str, metrics: Sequence[Metric] = METRICS) -> Compar
                 equal += sum(left[key] == right[key] for key in common)
         if blocks:
             repeated = any(len(side) > 1 for block in blocks for side in block)
-            findings.append(Finding(metric, pairs, equal, repeated, compare(blocks)))
+            exact = metric.deterministic and not repeated and pairs > 0
+            difference = untested(blocks) if exact else compare(blocks)
+            findings.append(Finding(metric, pairs, equal, exact, difference))
     return Comparison(
         points=len(points),
         unmatched=sum(len(cells) for cells, _ in sides) - len(compared),
@@ -173,19 +172,32 @@ def metric_of(text: str) -> Metric:
     raise SpecError(f"--metric {text}: " + unknown("summary of VMs", over, ("sum", "mean")))
 
 
+TRUTH: dict[str, object] = {"true": True, "false": False}
+
+
+def shown(value: object) -> str:
+    """An axis value as a selection names it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 Point = tuple[tuple[str, str], ...]
 
 
 def _by_point(cells: Sequence[Cell], selected: set[str]) -> dict[Point, dict[int, Cell]]:
-    """Cells by point (all axes but the selected ones), then by repetition; two of a kind would be a mixture."""
+    """Cells by point (all axes but the selected ones), then by seed; two of a kind would be a mixture.
+
+    Where it is seeds that are compared, repetitions stand for them.
+    """
     grouped: dict[Point, dict[int, Cell]] = {}
     for cell in cells:
         point = tuple(sorted((key, str(value)) for key, value in cell.axes.items() if key not in selected))
         there = grouped.setdefault(point, {})
-        if cell.repetition in there:
+        assert cell.summary is not None  # they are done
+        seed = cell.repetition if "seed" in selected else int(cell.summary["run"]["seed"])
+        if seed in there:
             free = sorted(key for key in cell.axes if key in selected)
             raise SpecError(f"several cells are equal but for {', '.join(free)}; select one value on both sides")
-        there[cell.repetition] = cell
+        there[seed] = cell
     return grouped
 
 

@@ -28,7 +28,11 @@ def query(directory: Path, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
             _view(connection, name, file, cells)
         try:
             found = connection.execute(sql)
-            columns = [column[0] for column in found.description or []]
+            if found is None or not found.description:
+                raise SpecError("SQL: it asks for nothing; write a query such as: select vms, policy from results")
+            columns = [column[0] for column in found.description]
+            if twice := {name for name in columns if columns.count(name) > 1}:
+                raise SpecError(f"SQL: several columns are called {min(twice)}; name them with: as NAME")
             return columns, found.fetchall()
         except duckdb.Error as error:
             raise SpecError(f"SQL: {str(error).splitlines()[0]}") from None

@@ -100,7 +100,8 @@ def query(
 
     columns, rows = engine.query(directory, sql)
     if as_json:
-        typer.echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2, default=str))
+        plain = [dict(zip(columns, map(_plain, row), strict=True)) for row in rows]
+        typer.echo(json.dumps(plain, indent=2, default=str))
     else:
         _table(columns, rows)
 
@@ -136,6 +137,11 @@ def compare(
         typer.echo(json.dumps(head | {"metrics": lines}, indent=2))
     else:
         _print_comparison(found, lines)
+
+
+def _plain(value: Any) -> Any:
+    """A number that JSON has no word for is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _finding(finding: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Runs any list of experiments as a sweep: skips what is there, hands the rest to an engine, writes the results."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from fleet.sweep.local import LocalEngine
 from fleet.sweep.progress import Progress, Silent
 from fleet.sweep.results import write_results
 from fleet.sweep.spec import Point
-from fleet.sweep.store import Cell, Store, load
+from fleet.sweep.store import Cell, Store, find, load
 
 
 class Engine(Protocol):
@@ -27,7 +27,7 @@ def run_cells(
     *,
     jobs: int = 1,
     progress: Progress | None = None,
-    rerun_failed: bool = False,
+    rerun: Callable[[Cell], bool] = lambda failed: False,
     engine: Engine | None = None,
     name: str = "",
     text: str | None = None,
@@ -35,8 +35,9 @@ def run_cells(
     """Run what of ``cells`` is not yet in ``out``; all of them as `load` gives them, in their order.
 
     A cell is ``(axes, experiment)`` or a `Point`. Two equal experiments run once. A cell that fails is in the answer
-    with status ``failed`` and costs no other. ``engine`` None: on this machine, ``jobs`` at once; ``text``: the sweep's
-    spec, kept as ``sweep.toml``. Raises OutputError; on KeyboardInterrupt what was finished is kept and written.
+    with status ``failed`` and costs no other; ``rerun``: whether one that failed before runs again. ``engine`` None: on
+    this machine, ``jobs`` at once; ``text``: the sweep's spec, kept as ``sweep.toml``. Raises OutputError; on
+    KeyboardInterrupt what was finished is kept and written.
     """
     points = [cell if isinstance(cell, Point) else Point(*cell) for cell in cells]
     watcher = progress or Silent()
@@ -47,8 +48,7 @@ def run_cells(
         unique: dict[str, Point] = {}
         for point in points:
             unique.setdefault(point.hash, point)
-        again = ("missing", "failed") if rerun_failed else ("missing",)
-        todo = [point for point in unique.values() if store.status(point) in again]
+        todo = [point for point in unique.values() if to_run(find(out, point), rerun)]
         rate = estimate.rate(load(out))
         watcher.begin(todo, [estimate.seconds(point.experiment, rate) for point in todo], len(unique) - len(todo))
         try:
@@ -58,3 +58,8 @@ def run_cells(
             done = load(out)
             write_results(out, name or out.name, done)
     return done
+
+
+def to_run(cell: Cell, rerun: Callable[[Cell], bool]) -> bool:
+    """Whether a cell is not there, or failed and is to run again."""
+    return cell.status == "missing" or (cell.status == "failed" and rerun(cell))

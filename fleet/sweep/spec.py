@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from fleet.errors import SpecError
 from fleet.experiment import Experiment
 from fleet.names import unknown
-from fleet.spec import Registries, check_key, installed, resolve
+from fleet.spec import MAX_SEED, Registries, check_key, installed, resolve
 from fleet.spec_file import flatten, read_toml
 from fleet.spec_values import Given, integer
 from fleet.sweep.axes import Axes, points, values_of
@@ -83,6 +83,8 @@ def load_sweep(path: Path, registries: Registries | None = None) -> Sweep:
         except SpecError as error:
             shown = " ".join(f"{key}={value}" for key, value in point.items())
             raise SpecError(f"{error} (the cell {shown}; `where` can leave it out)") from None
+        if first.seed + repetitions - 1 > MAX_SEED:
+            raise SpecError(f"{where}repetitions: seeds count up from {first.seed}, and beyond {MAX_SEED}; start lower")
         cells += [Point(point, replace(first, seed=first.seed + number), number) for number in range(repetitions)]
     name = data.get("name", path.stem)
     if not isinstance(name, str) or not name or "/" in name or name in (".", ".."):

@@ -56,22 +56,34 @@ class Cell(NamedTuple):
 def load(directory: Path) -> list[Cell]:
     """The cells of a sweep's directory, in the order of its plan, or of a run's directory. Raises OutputError."""
     directory = Path(directory)
-    if (plan := _read(directory / PLAN)) is not None:
-        return [_cell(directory / CELLS / entry["cell"], entry) for entry in plan["cells"]]
-    if (directory / CELLS).is_dir():
-        found = [(path, _read(path / "cell.json")) for path in sorted((directory / CELLS).iterdir())]
-        return [_cell(path, entry) for path, entry in found if entry is not None]
-    if (directory / "spec.toml").is_file():
-        summary = _read(directory / "summary.json")
-        digest = (_read(directory / "provenance.json") or {}).get("spec_digest", directory.name)
-        status: Status = "missing" if summary is None else "done" if summary["outcome"] == "ok" else "failed"
-        return [Cell(digest.removeprefix("sha256:")[:16], {}, 0, directory, summary, status)]
+    try:
+        if (plan := _read(directory / PLAN)) is not None:
+            return [_cell(directory / CELLS / entry["cell"], entry) for entry in plan["cells"]]
+        if (directory / CELLS).is_dir():
+            found = [(path, _read(path / "cell.json")) for path in sorted((directory / CELLS).iterdir())]
+            return [_cell(path, entry) for path, entry in found if entry is not None]
+        if (directory / "spec.toml").is_file():
+            return [_run(directory)]
+    except (KeyError, TypeError):
+        raise OutputError(f"{directory}: its {PLAN} or a cell.json is not that of a sweep") from None
     raise OutputError(f"{directory} holds neither a sweep nor a run (no {PLAN}, no {CELLS}/, no spec.toml)")
+
+
+def _run(directory: Path) -> Cell:
+    summary = _summary(directory)
+    digest = (_read(directory / "provenance.json") or {}).get("spec_digest", directory.name)
+    status: Status = "missing" if summary is None else "done" if summary["outcome"] == "ok" else "failed"
+    return Cell(digest.removeprefix("sha256:")[:16], {}, 0, directory, summary, status)
+
+
+def find(directory: Path, point: Point) -> Cell:
+    """The cell of a point, planned or not, as it lies in a sweep's directory. Raises OutputError."""
+    return _cell(directory / CELLS / point.hash, entry(point))
 
 
 def _cell(path: Path, entry: dict[str, Any]) -> Cell:
     status = _status(path)
-    summary = None if status == "missing" else _read(path / "summary.json")
+    summary = None if status == "missing" else _summary(path)
     return Cell(path.name, entry["axes"], entry["repetition"], path, summary, status)
 
 
@@ -79,13 +91,23 @@ def _status(path: Path) -> Status:
     return "done" if (path / DONE).is_file() else "failed" if (path / FAILED).is_file() else "missing"
 
 
+def _summary(run: Path) -> dict[str, Any] | None:
+    summary = _read(run / "summary.json")
+    if summary is not None and not {"outcome", "vms"} <= summary.keys():
+        raise OutputError(f"{run / 'summary.json'}: is not the summary of a run")
+    return summary
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise OutputError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise OutputError(f"{path}: is not a JSON object")
+    return found
 
 
 class Store:
@@ -96,7 +118,7 @@ class Store:
         try:
             if path.is_dir() and any(path.iterdir()) and not (path / PLAN).exists() and not (path / LOCK).exists():
                 raise OutputError(f"{path} is not empty and holds no sweep; choose another --out")
-            (path / CELLS).mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise OutputError(f"cannot use {path}: {error.strerror}; choose another --out") from None
@@ -105,6 +127,7 @@ class Store:
         except OSError:
             os.close(self._lock)
             raise OutputError(f"another sweep is writing to {path}; wait for it, or choose another --out") from None
+        (path / CELLS).mkdir(exist_ok=True)
         # What a killed sweep was about. A straggler of it may still write there, so the new one gets its own folder.
         shutil.rmtree(path / WORK, ignore_errors=True)
         (path / WORK).mkdir(exist_ok=True)
@@ -122,10 +145,6 @@ class Store:
         """Write what the sweep consists of."""
         cells = [entry(point) for point in points]
         write_atomic(self.path / PLAN, json.dumps({"name": name, "cells": cells}, indent=1) + "\n")
-
-    def status(self, point: Point) -> Status:
-        """How far the cell is."""
-        return _status(self.path / CELLS / point.hash)
 
     def accept(self, point: Point, made: Path, reason: str, cpu_measured: str) -> None:
         """Take in a finished cell from ``made``, its run's directory: failed if there is a ``reason``."""

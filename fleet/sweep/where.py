@@ -2,11 +2,12 @@
 
 Python's syntax for comparisons, ``and``, ``or``, ``not``, ``in`` and the four operations on numbers, read with `ast`
 and evaluated here, so that nothing else of the language is there. Names are axes by their full key. Text that is a
-number, a size or a time counts as that: ``memory <= '4GiB'``.
+number, a size (bytes) or a time (seconds) counts as that: ``memory <= '4GiB'``.
 """
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 from fleet.errors import SpecError
 from fleet.names import unknown
 from proto.errors import UnitError
-from proto.units import parse_bytes, parse_time_ps
+from proto.units import PS_PER_S, parse_bytes, parse_time_ps
 
+_MOST_DIGITS = 60
+_EXPONENT = re.compile(r"e[+-]?\d{4,}$", re.IGNORECASE)
+"""One that no number of a sweep has."""
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge, ast.In: lambda item, items: item in items, ast.NotIn: lambda item, items: item not in items,
@@ -30,29 +34,30 @@ def holds(expression: str, point: Mapping[str, object], where: str) -> bool:
     """Whether the point passes. Raises SpecError, which ``where`` begins."""
     try:
         tree = ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise SpecError(f"{where}: {expression!r} is no expression such as \"vms <= 4 or policy != 'none'\"") from None
     try:
         return bool(_value(tree, point))
     except SpecError as error:
         raise SpecError(f"{where}: {expression!r}: {error}") from None
-    except (TypeError, ZeroDivisionError):
+    except (TypeError, ValueError, ArithmeticError, RecursionError):
         shown = ", ".join(f"{key}={value}" for key, value in point.items())
         raise SpecError(f"{where}: {expression!r} makes no sense at {shown}") from None
 
 
 def comparable(value: object) -> object:
-    """An axis value as filters compare it: numbers, sizes (bytes) and times (ps) as numbers, all else as it is."""
+    """An axis value as filters compare it: numbers, sizes (bytes) and times (s) as numbers, all else as it is."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return value
     text = str(value).strip()
     try:
-        return Fraction(text)
+        # Fraction("1e99999999") would write all its digits.
+        return Fraction(text) if len(text) <= _MOST_DIGITS and _EXPONENT.search(text) is None else value
     except (ValueError, ZeroDivisionError):
         pass
-    for parse in (parse_bytes, parse_time_ps):
+    for parse, unit in ((parse_bytes, 1), (parse_time_ps, PS_PER_S)):
         try:
-            return Fraction(parse(text))
+            return Fraction(parse(text), unit)
         except UnitError:
             continue
     return value

@@ -91,9 +91,9 @@ def sensitivity(
 
     \b
     Examples:
-      fleet sensitivity examples/tlb_flush.toml --metric elapsed.virtual_s
-      fleet sensitivity examples/tlb_flush.toml --metric "sum(vms[*].flushes.total)" --cost invept --cost vmexit
-      fleet sensitivity examples/tlb_flush.toml --metric vms[*].throughput_mops --grade estimated --out runs/guesses
+      fleet sensitivity examples/tlb_flush_h_tpp.toml --metric elapsed.virtual_s
+      fleet sensitivity examples/tlb_flush_h_tpp.toml --metric "sum(vms[*].flushes.total)" --cost invept --cost vmexit
+      fleet sensitivity examples/tlb_flush_h_tpp.toml --metric "vms[*].throughput_mops" --grade estimated
     """
     import msgspec
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from fleet import hosts
-from fleet.cells import Summary, run_cells
+from fleet.cells import Summary, failure, run_cells
 from fleet.errors import SpecError
 from fleet.experiment import Experiment
 from fleet.names import unknown
@@ -102,7 +102,7 @@ def check(
         groups=list(kept.values()),
         absent=[policy for policy in FIGURE_POLICIES if policy not in plan.policies],
         failed={
-            name: summary["errors"][0]["message"] if summary["errors"] else summary["outcome"]
+            name: failure(summary)
             for name, summary in summaries.items()
             if summary["outcome"] != "ok" and name != MEANT_TO_FAIL
         },

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from typing import Any
 
 from msgspec import Struct
 
@@ -60,7 +61,7 @@ def judge(
     figure = published.figures[claim.published] if claim.published else None
     breaks = tuple(name for name in claim.needs if not groups[name].kept)
     missing = [cell for cell in claim.cells if cell not in results]
-    failed = [] if claim.holds else [cell for cell in claim.cells if cell in results and _failed(results[cell])]
+    failed = [cell for cell in claim.cells if cell in results and _failed(results[cell], cell in claim.may_die)]
     value: float | None = None
     evidence = ""
     varied: dict[str, list[float]] = {}
@@ -111,5 +112,7 @@ def compare(emulated: float, published: float, neutral: float) -> Verdict:
     return Verdict.DIRECTION if (emulated - neutral) * (published - neutral) > 0 else Verdict.DISAGREES
 
 
-def _failed(summary: Mapping[str, object]) -> bool:
-    return summary["outcome"] != "ok"
+def _failed(summary: Mapping[str, Any], may_die: bool) -> bool:
+    """Whether nothing can be learnt from it; ``may_die``: a VM that died in it is something."""
+    died = may_die and any(error.get("vm") is not None for error in summary["errors"])
+    return summary["outcome"] != "ok" and not died

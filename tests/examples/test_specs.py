@@ -1,10 +1,12 @@
 """Every spec in examples/ resolves: runs as they are, sweeps at each point of their axes."""
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from fleet.errors import SpecError
 from fleet.spec import load
 from fleet.sweep.spec import load_sweep
 
@@ -28,3 +30,20 @@ def test_the_readme_tells_of_every_example() -> None:
     readme = (EXAMPLES / "README.md").read_text()
     for path in SPECS:
         assert f"`{path.name}`" in readme
+
+
+ROOT = EXAMPLES.parent
+COMMAND = re.compile(r"fleet (run|sweep|sensitivity) (examples/\S+\.toml)")
+NAMED = {match.groups() for folder in ("fleet", "docs", "examples") for path in (ROOT / folder).rglob("*")
+         if path.suffix in (".py", ".md", ".toml") for match in COMMAND.finditer(path.read_text())}  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "path"), sorted(NAMED))
+def test_what_help_and_pages_name_is_of_the_kind_that_the_command_takes(command: str, path: str) -> None:
+    assert (ROOT / path).is_file()
+    assert (ROOT / path in SWEEPS) == (command == "sweep")
+
+
+def test_a_sweep_that_is_run_as_a_run_is_told_how() -> None:
+    with pytest.raises(SpecError, match="so it is a sweep: fleet sweep"):
+        load(SWEEPS[0])

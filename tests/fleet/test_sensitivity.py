@@ -1,6 +1,7 @@
 """fleet.sensitivity: which costs are varied, where to, and what the command says of them."""
 
 import json
+import math
 import subprocess
 import sys
 from fractions import Fraction
@@ -29,16 +30,17 @@ def profile() -> Profile:
     return hosts.load_profile(hosts.DEFAULT_PROFILE)
 
 
-def effect(at_low: float | None, at_default: float, at_high: float | None) -> Effect:
-    return Effect("invept", "ns", 1, 2, 3, "m", at_low, at_default, at_high, "estimated", "s")
+def effect(at_low: float | None, at_default: float, at_high: float | None, failed: bool = False) -> Effect:
+    return Effect("invept", "ns", 1, 2, 3, "m", at_low, at_default, at_high, "estimated", "s", failed)
 
 
 def test_swing_is_the_distance_between_the_ends_as_a_share() -> None:
     assert effect(90, 100, 130).swing == pytest.approx(0.4)
     assert effect(None, 100, 130).swing == pytest.approx(0.3)
-    assert effect(0, 0, 3).swing == 3
+    assert (effect(0, 0, 0.01).swing, effect(0, 0, 0).swing) == (math.inf, 0)
     assert (effect(99, 100, 100.5).decides, effect(97, 100, 100).decides) == (False, True)
-    assert effect(None, 100, 100).decides
+    assert effect(None, 100, 100, failed=True).decides
+    assert not effect(None, 100, 100).decides, "an end that no engine can have"
 
 
 def test_every_cost_with_a_range_is_varied(profile: Profile) -> None:
@@ -81,6 +83,14 @@ def test_each_variant_differs_in_one_cost(profile: Profile) -> None:
             != hosts.in_unit(experiment.costs, profile.figures[field], profile)
         ]  # fmt: skip
         assert changed in ([key], [])  # [] where the default lies at the bound
+
+
+def test_a_variant_read_back_is_itself_whatever_the_spec_says_of_its_cost(tmp_path: Path, profile: Profile) -> None:
+    experiment = load(None, {}, ["host.invept=1us", "host.vmexit=700ns", "host.slow.latency_local=300ns"])
+    cells = variants(experiment, choose(profile, (), ()), profile)
+    for name, cell in cells.items():
+        (tmp_path / "spec.toml").write_text(cell.to_toml())
+        assert load(tmp_path / "spec.toml").digest == cell.digest, name
 
 
 def test_a_curve_is_stretched_about_one(profile: Profile) -> None:

@@ -9,10 +9,10 @@ from fleet.sensitivity import Effect
 from fleet.tornado import draw, print_effects
 
 EFFECTS = [
-    Effect("invept", "ns", 150, 500, 1000, "elapsed.virtual_s", 8.0, 10.0, 14.0, "estimated", "unpublished"),
-    Effect("invlpg", "ns", 70, 100, 130, "elapsed.virtual_s", 9.5, 10.0, 10.5, "read", "a commit"),
-    Effect("vmexit", "us", 0.4, 0.6, 1.2, "elapsed.virtual_s", None, 10.0, 10.0, "recalled", "folklore"),
-    Effect("pmi", "us", 1, 1.5, 3, "elapsed.virtual_s", 10.0, 10.0, 10.0, "estimated", "unpublished"),
+    Effect("invept", "ns", 150, 500, 1000, "elapsed.virtual_s", 8.0, 10.0, 14.0, "estimated", "unpublished", False),
+    Effect("invlpg", "ns", 70, 100, 130, "elapsed.virtual_s", 9.5, 10.0, 10.5, "read", "a commit", False),
+    Effect("vmexit", "us", 0.4, 0.6, 1.2, "elapsed.virtual_s", None, 10.0, 10.0, "recalled", "folklore", True),
+    Effect("pmi", "us", 1, 1.5, 3, "elapsed.virtual_s", 10.0, 10.0, 10.0, "estimated", "unpublished", False),
 ]
 
 
@@ -28,7 +28,7 @@ def test_the_table_tells_what_decides_and_what_is_a_guess() -> None:
     assert "60.0 %" in rows["invept"]
     assert "UNPUBLISHED" in rows["invept"]
     assert "UNPUBLISHED" not in rows["invlpg"]
-    assert "failed" in rows["vmexit"]
+    assert "the run at an end of its range failed: vmexit" in text
     assert "pmi" not in rows
     assert "nobody has published: invept\n" in text
     assert "1 other costs" in text

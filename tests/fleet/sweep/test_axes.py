@@ -64,6 +64,7 @@ def test_named_sets_are_those_of_the_registry(registries: Registries) -> None:
         ("1..900000000", "at most"),
         ("1,,2", "empty item"),
         ([1, 2, 1], "names 1 twice"),
+        ([float("nan"), float("nan")], "names nan twice"),
         ([[1]], "must be text, a number"),
         ({"a": 1}, "must be text, a number"),
     ],

@@ -17,13 +17,15 @@ Rows = list[tuple[dict[str, object], int, dict[str, Any]]]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., str]:
-    def sweep(name: str, rows: Rows, mark: str = "alone") -> str:
+    def sweep(name: str, rows: Rows, mark: str = "alone", seed: int = 1) -> str:
         for number, (axes, repetition, vm) in enumerate(rows):
             path = tmp_path / name / CELLS / f"{number:016x}"
             path.mkdir(parents=True)
             info = {"cell": path.name, "axes": axes, "repetition": repetition, "seed": 1, "cpu_measured": mark}
             (path / "cell.json").write_text(json.dumps(info))
-            (path / "summary.json").write_text(json.dumps({"outcome": "ok", "vms": [{"id": 0} | vm, {"id": 1} | vm]}))
+            run = {"seed": int(str(axes.get("seed", seed))) + repetition}
+            vms = [{"id": 0} | vm, {"id": 1} | vm]
+            (path / "summary.json").write_text(json.dumps({"outcome": "ok", "run": run, "vms": vms}))
             (path / "DONE").write_text("")
         return str(tmp_path / name)
 
@@ -70,6 +72,23 @@ def test_without_repetitions_the_exact_stays_exact_and_the_measured_cannot_tell(
     assert [finding.exact for finding in found.findings] == [True, False]
     assert [finding.verdict for finding in found.findings] == ["differs", "cannot tell: too few repetitions"]
     assert found.findings[0].difference.difference == 54, "the sum over two VMs"
+
+
+def test_without_a_seed_in_common_nothing_is_said_of_what_depends_on_it(make: Callable[..., str]) -> None:
+    a, b = make("a", [({}, 0, figures(1, 1))]), make("b", [({}, 0, figures(1, 1))], seed=2)
+    (found,) = compare_cells(a, b, (FLUSHES,)).findings
+    assert (found.pairs, found.exact, found.verdict) == (0, False, "cannot tell: no seed in common")
+    # Who selects by it wants just that.
+    seeds = make("seeds", [({"seed": seed}, 0, figures(seed, 1)) for seed in (1, 2)])
+    (found,) = compare_cells(f"{seeds}:seed=1", f"{seeds}:seed=2", (FLUSHES,)).findings
+    assert (found.pairs, found.exact, found.verdict) == (1, True, "differs")
+
+
+def test_truth_values_are_selected_as_they_are_written(make: Callable[..., str]) -> None:
+    path = make("a", [({"heat": heat}, 0, figures(int(heat), 1)) for heat in (True, False)])
+    assert [cell.axes for cell in select(f"{path}:heat=true")[0]] == [{"heat": True}]
+    with pytest.raises(SpecError, match="no cell has heat=maybe; there are true, false"):
+        select(f"{path}:heat=maybe")
 
 
 def test_cells_without_a_counterpart_are_counted(make: Callable[..., str]) -> None:

@@ -68,9 +68,12 @@ def test_policies_of_a_sweep_are_compared(undisturbed: Path, say: Any) -> None:
         (("results", "ls", "nowhere"), "no such directory"),
         (("results", "show", "nowhere"), "neither a sweep nor a run"),
         (("results", "query", "{}", "selec"), "SQL: Parser Error"),
+        (("results", "query", "{}", ""), "it asks for nothing"),
+        (("results", "query", "{}", "select 1 as a, 2 as a"), "several columns are called a"),
         (("results", "show", "{}", "--cell", "zz"), "no cell"),
         (("compare", "{}", "{}", "--metric", "flushes.totl"), "neither side has it"),
         (("compare", "{}:policy=nun", "{}"), "no cell has policy=nun"),
+        (("compare", "{}:vms=1e99999999", "{}"), "no cell has vms=1e99999999"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple[str, ...], says: str, undisturbed: Path, say: Any) -> None:

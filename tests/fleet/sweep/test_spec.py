@@ -81,6 +81,7 @@ def test_a_cell_is_the_run_that_the_same_flags_give(tmp_path: Path) -> None:
         ("where = 'vms > 9'\n[axes]\nvms = '1..3'\n", "where: no point is left"),
         ("repetitions = 0\n[axes]\nvms = [1]\n", "repetitions: must be between 1 and"),
         ("repetitions = 2\n[axes]\nseed = [1, 2]\n", "vary the seed"),
+        ("repetitions = 2\n[base]\nseed = 9223372036854775807\n[axes]\nvms = [1]\n", "start lower"),
         ("zip = ['vms']\n[axes]\nvms = [1]\n", "zip: must be a list of lists"),
         ("where = 3\n[axes]\nvms = [1]\n", "where: must be an expression"),
         ("base = 'no.toml'\n[axes]\nvms = [1]\n", "no spec file 'no.toml'"),

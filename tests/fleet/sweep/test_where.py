@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from fleet.errors import SpecError
 from fleet.sweep.where import holds
 
-POINT: dict[str, object] = {"vms": 4, "policy": "h-tpp", "memory": "2GiB", "policy.scan_period": "60ms", "huge": True}
+POINT: dict[str, object] = {
+    "vms": 4,
+    "seconds": 20,
+    "policy": "h-tpp",
+    "memory": "2GiB",
+    "policy.scan_period": "60ms",
+    "huge": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +33,8 @@ POINT: dict[str, object] = {"vms": 4, "policy": "h-tpp", "memory": "2GiB", "poli
         ("memory == '2048MiB'", True),
         ("policy.scan_period > '1s'", False),
         ("policy.scan_period == '0.06s'", True),
+        ("seconds <= '10s'", False),
+        ("vms < 5 and policy != '1e99999999'", True),
         ("huge", True),
         ("vms > -1", True),
     ],
@@ -44,6 +53,8 @@ def test_an_expression_is_judged_by_the_axes(expression: str, truth: bool) -> No
         ("vms.real[0]", "only axes"),
         ("policy < 3", "makes no sense at vms=4"),
         ("vms / 0 == 1", "makes no sense"),
+        ("'%q' % vms", "makes no sense"),
+        ("not " * 3000 + "huge", "."),
         ("[x for x in 'a']", "only axes"),
     ],
 )

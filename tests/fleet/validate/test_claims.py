@@ -70,7 +70,9 @@ def test_words_can_turn_out_false() -> None:
     def holds(key: str, **cells: dict[str, Any]) -> bool:
         check = claims[key].holds
         assert check is not None
-        return check({f"words/{name.replace('_', '-')}": {"vms": [one]} for name, one in cells.items()})[0]
+        return check(
+            {f"words/{name.replace('_', '-')}": {"outcome": "ok", "vms": [one]} for name, one in cells.items()}
+        )[0]
 
     assert holds("guests_need_no_invept", none=quiet, g_tpp=quiet, hyperplace=quiet)
     assert not holds("guests_need_no_invept", none=quiet, g_tpp=loud, hyperplace=quiet)

@@ -1,5 +1,6 @@
 """fleet.validate.verdict: plain words for a ratio, and what stands beside it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,6 +65,17 @@ def test_what_did_not_run_has_no_figure() -> None:
     assert (absent.verdict, absent.emulated, absent.evidence) == (Verdict.NOT_RUN, None, "not there: a")
     failed = judge(CLAIM, ran(2.0, "failed"), {}, PUBLISHED, groups(True))
     assert (failed.verdict, failed.evidence) == (Verdict.NOT_RUN, "failed: a")
+
+
+def test_a_claim_in_words_is_not_judged_by_a_run_that_failed() -> None:
+    error: dict[str, Any] = {"kind": "cell", "message": "killed", "vm": None}
+    killed = {"a": ran(1, "failed")["a"] | {"errors": [error]}}
+    assert judge(WORDS, killed, {}, PUBLISHED, {}).verdict is Verdict.NOT_RUN
+    deadly = replace(WORDS, may_die=("a",))
+    assert judge(deadly, killed, {}, PUBLISHED, {}).verdict is Verdict.NOT_RUN
+    error["vm"] = 0
+    assert judge(deadly, killed, {}, PUBLISHED, {}).verdict is Verdict.AGREES
+    assert judge(WORDS, killed, {}, PUBLISHED, {}).verdict is Verdict.NOT_RUN
 
 
 def test_a_claim_in_words_holds_or_not_by_its_evidence() -> None:
