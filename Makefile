@@ -57,7 +57,7 @@ fuzz: $(STAMP)
 	FUZZ_EXAMPLES=$(FUZZ) $(BIN)/pytest -q --timeout 0 tests/guestd/test_engine.py -k reference
 
 conformance: $(STAMP)
-	@$(BIN)/fleet conformance --memory 16GiB --vcpus 4
+	@$(BIN)/fleet conformance
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks
