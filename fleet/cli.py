@@ -4,13 +4,14 @@ Exit codes: 0 all well, 1 something in the run failed, 2 bad input, 130 interrup
 are imported by the command that needs them.
 """
 
+import codecs
 import io
 import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import typer
 
@@ -46,7 +47,7 @@ app.add_typer(
     trace_app, name="trace", help="Import recorded memory accesses, and look into them.", no_args_is_help=False
 )
 app.command()(sweep)
-app.add_typer(results_app, name="results", help="Look into the results of sweeps and runs.")
+app.add_typer(results_app, name="results", help="Look into the results of sweeps and runs.", no_args_is_help=False)
 app.command()(compare)
 app.command()(conformance)
 app.command()(report)
@@ -307,11 +308,13 @@ def version(as_json: Json = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run the command and exit with its code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None:
-        _outlive_readers()
+    out = _outlive_readers() if arguments is None else None
     try:
         code = app(given, prog_name="fleet", standalone_mode=False)
         sys.stdout.flush()
+        if out is not None and out.failed is not None:
+            _complain(f"standard output: {out.failed.strerror}")
+            code = code or 1
     except (FleetError, ProtoError) as error:
         _complain(str(error))
         code = getattr(error, "exit_code", 2)
@@ -329,23 +332,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code or 0)
 
 
-class _Pipe(io.FileIO):
-    """Standard output whose reader (head, less) may leave early: what it does not want is dropped."""
+class _Output(io.FileIO):
+    """A standard stream that may go away (head, less, a terminal, a full disk): what it does not take is dropped."""
+
+    failed: OSError | None = None
+    """Why something was, if not for a reader who has left."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
-            return len(data)
+            pass
+        except OSError as error:
+            self.failed = error
+        return len(data)
 
 
-def _outlive_readers() -> None:
-    """A command's exit code tells of the command, not of who read its output."""
-    old = sys.stdout
-    raw = _Pipe(old.fileno(), "w", closefd=False)
-    sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding=old.encoding, errors=old.errors, line_buffering=old.isatty()
-    )
+def _outlive_readers() -> _Output:
+    """No command ends for who reads its output; standard output's own end, which tells what was lost of it."""
+    codecs.register_error("json", _as_json)
+    out, err = (_Output(os.devnull if old is None else old.fileno(), "w", closefd=old is None)
+                for old in (sys.stdout, sys.stderr))  # fmt: skip
+    sys.stdout = _text(out, sys.stdout, line_buffering=out.isatty())
+    sys.stderr = _text(err, sys.stderr, line_buffering=True)
+    return out
+
+
+def _text(raw: _Output, old: TextIO | None, *, line_buffering: bool) -> TextIO:
+    """Characters that the encoding lacks become those of JSON."""
+    encoding = old.encoding if old else "utf-8"
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors="json", line_buffering=line_buffering)
+
+
+def _as_json(error: UnicodeError) -> tuple[str, int]:
+    """``\\u00fc``: what text and JSON alike can have in place of a character."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def _complain(message: str) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,12 +20,13 @@ def conformance(
     policy: Annotated[list[str] | None, typer.Argument(help="Only these policies [all]")] = None,
     *,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Of each policy's own VM (see below)")] = "16GiB",
-    vcpus: Annotated[int, typer.Option(metavar="N", help="Of it")] = 4,
+    vcpus: Annotated[int, typer.Option(min=1, metavar="N", help="Of it")] = 4,
     seconds: Annotated[
         int, typer.Option(min=1, metavar="S", help="Virtual time at least; longer where a policy needs it")
     ] = 5,
     longest: Annotated[
-        int, typer.Option(metavar="S", help="Virtual time beyond which no gain is waited for and asked of a policy")
+        int,
+        typer.Option(min=1, metavar="S", help="Virtual time beyond which no gain is waited for and asked of a policy"),
     ] = 120,
     jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Policies at once, alone")] = 2,
     pair_memory: Annotated[str, typer.Option(metavar="SIZE", help="Of each VM of the pairs")] = "256MiB",
@@ -42,11 +44,17 @@ def conformance(
       fleet conformance hyperplace --memory 256MiB --longest 1
     """
     from fleet.conformance import alone, pairs
+    from fleet.spec import resolve
     from guestd.tiering.registry import policies
+    from guestd.workloads.registry import workloads
 
     names = policy or list(policies())
     if wrong := [name for name in names if name not in policies()]:
         raise SpecError(unknown("policy", wrong[0], policies()))
+    # Before the first of many runs, which would only tell then.
+    for option, size in (("--memory", memory), ("--pair-memory", pair_memory)):
+        for workload in ["gups"] if option == "--memory" else [name for name in workloads() if name != "trace"]:
+            resolve({"memory": size, "workload": workload}, option, Path(), {})
     with _progress("alone") as progress:
         verdicts = alone(names, {"memory": memory, "vcpus": vcpus}, seconds, longest, jobs, progress)
     if not as_json:

@@ -8,7 +8,6 @@ content stamps, LRU, heat), not a figure of any emulated machine.
 import fcntl
 import os
 import resource
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from proto.config import GuestConfig
+from proto.errors import EndpointError
 from proto.units import format_bytes
 
 BYTES_PER_PAGE = 208
@@ -34,10 +34,6 @@ FILES_PER_GUEST = 4
 """In the host, the process with most: socket, descriptor hand-over, memfd while it is mapped, log."""
 FILES_FOR_ALL = 64
 THREADS_FOR_ALL = 32
-SOCKET_PATH_MAX = 107
-"""sockaddr_un.sun_path less its terminating zero (unix(7))."""
-SOCKET_NAME = "/fleet-12345678/host.sock"
-"""As long as the names that a run makes below the directory for sockets."""
 CLOCK_NEEDED_NS = 10_000
 """Agents are metered in stages of tens of microseconds; a clock of ticks would see none of them."""
 _SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
@@ -191,13 +187,16 @@ def sealed_memfd() -> Check:
 
 def socket_directory() -> Check:
     """A directory for Unix sockets, writable, with a path short enough for sockaddr_un."""
-    folder = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    length = len(os.fsencode(folder + SOCKET_NAME))
-    writable = os.access(folder, os.W_OK | os.X_OK)
-    ok = writable and length <= SOCKET_PATH_MAX
-    found = f"{folder}: {f'paths of {length} bytes' if writable else 'not writable'}"
+    from proto import transport
+
+    needed = f"writable, paths of at most {transport.MAX_SOCKET_PATH} bytes"
+    try:
+        folder = transport.choose_directory().parent
+        ok, found = os.access(folder, os.W_OK | os.X_OK), str(folder)
+    except (EndpointError, OSError) as error:  # also: no directory for temporary files at all
+        ok, found = False, str(error)
     fix = "" if ok else "set XDG_RUNTIME_DIR (or TMPDIR) to a short, writable directory such as /tmp"
-    return Check("socket directory", ok, found, f"writable, paths of at most {SOCKET_PATH_MAX} bytes", fix)
+    return Check("socket directory", ok, found, needed, fix)
 
 
 def thread_clock() -> Check:

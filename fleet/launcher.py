@@ -110,14 +110,16 @@ def _signals() -> Iterator[_Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    before = {signum: signal.signal(signum, caught) for signum in _STOP_SIGNALS}
     wakeup = signal.set_wakeup_fd(caught.writer.fileno(), warn_on_full_buffer=False)
+    # What nohup or a shell had this process ignore stays ignored.
+    heard = [signum for signum in _STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    before = {signum: signal.signal(signum, caught) for signum in heard}
     try:
         yield caught
     finally:
-        signal.set_wakeup_fd(wakeup)
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(wakeup)
         caught.reader.close()
         caught.writer.close()
 
@@ -219,6 +221,8 @@ class _Run:
         """Have everybody killed and reaped; the zygote itself too."""
         if self._process is None:
             return
+        if not self._forked_s:
+            self._process.kill()  # it compiles, has no child yet, and would hear of nothing before it is through
         with suppress(OSError, EOFError):
             self._zygote.channel.send(Quit())
         deadline_s = time.monotonic() + _QUIT_S

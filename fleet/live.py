@@ -128,13 +128,13 @@ class PlainDisplay:
         """Nothing to put back."""
 
     def on_compile(self, done: int, total: int, label: str) -> None:
-        """One line at the first kernel that has to be compiled, one after the last."""
+        """One line at the first kernel, one after the last."""
         if done < total and not self._compiling:
             self._compiling = True
-            self._print(f"compiling kernels (first run only): {total}")
+            self._print(f"loading kernels (first run: compiling them): {total}")
         elif done >= total and self._compiling:
             self._compiling = False
-            self._print("compiling kernels: done")
+            self._print("loading kernels: done")
 
     def on_ready(self, vms: int, seconds: float) -> None:
         """How many guests are up."""
@@ -175,7 +175,9 @@ class LiveDisplay:
 
     def on_compile(self, done: int, total: int, label: str) -> None:
         """Shown above the table."""
-        self._status = f"compiling kernels (first run only): {done} of {total}  {label}" if done < total else "starting"
+        self._status = (
+            f"loading kernels (first run: compiling them): {done} of {total}  {label}" if done < total else "starting"
+        )
         self._draw()
 
     def on_ready(self, vms: int, seconds: float) -> None:

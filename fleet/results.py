@@ -54,11 +54,12 @@ class RunDirectory:
                 path = _unique(root, name)
             else:
                 path.mkdir(parents=True, exist_ok=True)
+            empty = not any(path.iterdir())
         except (FileExistsError, NotADirectoryError):
             raise OutputError(f"{path} is in the way: it, or a part of it, is no directory; choose another") from None
         except OSError as error:
             raise OutputError(f"cannot create {path or root / name}: {error.strerror}; choose another --out") from None
-        if any(path.iterdir()):
+        if not empty:
             raise OutputError(f"{path} is not empty; choose another --out, or remove it")
         return cls(path)
 
@@ -95,16 +96,22 @@ class RunDirectory:
         return self.path / f"heat.{_part(vm)}.bin"
 
     def begin(self, spec: Experiment, provenance: Provenance) -> None:
-        """Write ``spec.toml`` and ``provenance.json``."""
+        """Write ``spec.toml`` and ``provenance.json``. Raises OutputError, having left neither."""
         costs = json.dumps(msgspec.to_builtins(spec.costs), sort_keys=True)
-        write_atomic(self.path / "spec.toml", spec.to_toml())
         record = msgspec.structs.asdict(provenance) | {
             "seed": spec.seed,
             "spec_digest": spec.digest,
             "host_profile": spec.host,
             "host_costs_digest": "sha256:" + hashlib.sha256(costs.encode()).hexdigest(),
         }
-        write_atomic(self.path / "provenance.json", json.dumps(record, indent=2) + "\n")
+        files = {"spec.toml": spec.to_toml(), "provenance.json": json.dumps(record, indent=2) + "\n"}
+        try:
+            for name, text in files.items():
+                write_atomic(self.path / name, text)
+        except OSError as error:
+            for name in files:
+                (self.path / name).unlink(missing_ok=True)
+            raise OutputError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from None
 
     def parts(self, pattern: str) -> list[Path]:
         """Files of the single processes: ``log.*.jsonl`` or ``events.*.bin``, VMs in the order of their numbers."""

@@ -183,7 +183,11 @@ def _file(given: Given) -> str:
     if given.raw == "":
         return ""
     path = Path(given.base, text(given)).expanduser()
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise given.refuse(f"no such file: {error.strerror}") from None
+    if not there:
         folder = path.parent
         if not folder.is_dir():
             raise given.refuse(f"no such file: there is no directory {folder}")

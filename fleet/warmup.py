@@ -4,8 +4,10 @@ It runs small fleets in this process, one per policy with parameters that make e
 milliseconds of virtual time (`Policy.warm_up`), and one per workload.
 """
 
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -31,12 +33,13 @@ _LLC_BYTES = 1 << 16
 
 def warm_up(
     policies: list[str], workloads: list[str], costs: Costs, progress: Progress, kernel: HostKernel | None = None,
-    *, huge: bool = False, heat: bool = False,
+    *, huge: bool = False, heat: bool = False, scratch: Path | None = None,
 ) -> None:  # fmt: skip
     """Run one small fleet per policy and workload.
 
     ``costs``: any valid ones; ``kernel``: the host's (None: stock); ``huge``: guests or host use huge pages;
-    ``heat``: page heat is recorded.
+    ``heat``: page heat is recorded; ``scratch``: a new directory for files that a trace or heat take, gone at the end
+    (None: one of its own).
     """
     brisk = _brisk(kernel or HostKernel())
     jobs: list[tuple[str, str, str, dict[str, Scalar]]] = [("engine", "none", "gups", {})]
@@ -45,9 +48,9 @@ def warm_up(
     jobs += [("gups zipf", "none", "gups", {"distribution": "zipf"})] if "gups" in workloads else []
     huge_views = [policy for policy in ("none", "h-tpp") if huge]
     total = len(jobs) + ("trace" in workloads) + heat + len(huge_views)
-    with tempfile.TemporaryDirectory(prefix="fleet-warm-") as folder:
+    with _folder(scratch) if "trace" in workloads or heat else nullcontext(Path()) as folder:
         if "trace" in workloads:
-            jobs.append(("trace", "none", "trace", {"file": str(tiny_trace(Path(folder) / "warm.trace"))}))
+            jobs.append(("trace", "none", "trace", {"file": str(tiny_trace(folder / "warm.trace"))}))
         for done, (label, policy, workload, params) in enumerate(jobs):
             progress(done, total, label)
             fleet = _fleet(policy, workload, params, costs, brisk, vms=1 if all_policies()[policy].moves_alone else 2)
@@ -55,13 +58,25 @@ def warm_up(
             fleet.guests[0].workload.heat()
         if heat:
             progress(len(jobs), total, "page heat")
-            _fleet("hyperplace", "gups", {}, costs, brisk, heat_path=str(Path(folder) / "heat.bin")).run()
+            _fleet("hyperplace", "gups", {}, costs, brisk, heat_path=str(folder / "heat.bin")).run()
     for done, policy in enumerate(huge_views, len(jobs) + heat):
         progress(done, total, f"huge pages of {policy}")
         _use_huge_pages(policy, costs, brisk)
     meter_cost_ns(1)
     _judge()
     progress(total, total, "")
+
+
+@contextmanager
+def _folder(path: Path | None) -> Iterator[Path]:
+    if path is None:
+        path = Path(tempfile.mkdtemp(prefix="fleet-warm-"))
+    else:
+        path.mkdir(mode=0o700)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
 
 
 def _judge() -> None:

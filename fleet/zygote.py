@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import msgspec
 
@@ -25,7 +26,7 @@ from proto import clocks
 from proto.control import HOST, Broken, Channel, Compiling, Exited, Kill, Launch, Quit, Started, ToZygote, Warm
 from proto.handover import announce
 from proto.log import LineLog
-from proto.process import die_with_parent, ignore_terminal, raise_open_files, set_title
+from proto.process import GO, die_with_parent, ignore_group, raise_open_files, set_title
 
 _HOST_LAST_S = 3.0
 """How long the host may take to clean up once it is told to go."""
@@ -165,7 +166,7 @@ class Zygote:
 
     def _signal_all(self) -> None:
         for vm, pid in self._pid_of.items():
-            os.kill(pid, signal.SIGTERM if vm == HOST else signal.SIGKILL)
+            os.kill(pid, GO if vm == HOST else signal.SIGKILL)
 
 
 def warm_up(channel: Channel, launch: Launch) -> None:
@@ -184,6 +185,8 @@ def warm_up(channel: Channel, launch: Launch) -> None:
         lambda done, total, label: channel.send(Compiling(done=done, total=total, label=label)),
         launch.host.kernel,
         heat=any(guest.heat_path for guest in launch.guests),
+        # The launcher removes it whatever becomes of this process.
+        scratch=Path(launch.directory),
         huge=launch.host.kernel.thp == "always" or any(guest.kernel.thp == "always" for guest in launch.guests),
     )
     threads = clocks.thread_ids()
@@ -203,8 +206,8 @@ def main() -> int:
     for name in ("--control", "--host-control", "--parent"):
         parser.add_argument(name, type=int, required=True)
     options = parser.parse_args()
-    ignore_terminal()
-    die_with_parent(options.parent, signal.SIGTERM)
+    ignore_group()
+    die_with_parent(options.parent, signal.SIGKILL)
     set_title("zygote")
     raise_open_files()
     channel = Channel(Connection(options.control), msgspec.msgpack.Decoder(ToZygote))

@@ -28,7 +28,7 @@ from proto.handover import accept
 from proto.layout import VmMemory
 from proto.log import LineLog
 from proto.messages import Advance, Bye, Failed, Stop, Tick
-from proto.process import close_inherited, die_with_parent, hide_memory, ignore_terminal, set_title
+from proto.process import close_inherited, die_with_parent, hide_memory, ignore_group, set_title
 
 EptFaultCall = Callable[[int, npt.NDArray[np.int64], npt.NDArray[np.uint8]], npt.NDArray[np.int64]]
 
@@ -110,7 +110,7 @@ def _quanta(guest: Guest, hypercalls: Hypercalls) -> None:
 
 def guest_process(parent: int, config: GuestConfig, sock: socket.socket, make_guest: MakeGuest) -> int:
     """What the zygote's child that is a guest does; its exit status. ``parent``: the zygote's pid."""
-    ignore_terminal()
+    ignore_group()
     die_with_parent(parent, signal.SIGKILL)
     set_title(f"vm{config.vm} {config.policy} {config.workload}")
     hide_memory()

@@ -42,7 +42,7 @@ from proto.handover import Arrivals, PebsBuffer, Pending, new_secrets
 from proto.layout import VmMemory
 from proto.log import LineLog
 from proto.messages import MAX_MESSAGE, Advance, Bye, EptFault, Failed, Hello, Stop, Tick, ToHost
-from proto.process import close_inherited, die_with_parent, hide_memory, ignore_terminal, set_title
+from proto.process import GO, close_inherited, die_with_parent, hide_memory, ignore_group, set_title
 
 _POLL_MS = 200
 """Longest sleep of the loop: how fine watchdog and progress are."""
@@ -328,7 +328,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 def _terminate_no_more() -> None:
     """Ignore what asks for the end, which has begun: another signal in its middle would leave the sockets behind."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(GO, signal.SIG_IGN)
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)
 
 
@@ -345,10 +345,10 @@ def host_process(
     status = 1
     try:
         try:
-            signal.signal(signal.SIGTERM, _terminate)
+            signal.signal(GO, _terminate)
             signal.signal(signal.SIGQUIT, _terminate)
-            ignore_terminal()
-            die_with_parent(parent, signal.SIGTERM)
+            ignore_group()
+            die_with_parent(parent, GO)
             set_title("host")
             hide_memory()
             close_inherited({control.fileno(), arrivals.fileno()})

@@ -35,10 +35,14 @@ def set_title(title: str) -> None:
     setproctitle.setproctitle(f"fleet: {title}")
 
 
-def ignore_terminal() -> None:
-    """Ctrl-C and a closed terminal reach the whole foreground group; the launcher alone decides what they mean."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+GO = signal.SIGUSR1
+"""Asks the host to clean up and leave."""
+
+
+def ignore_group() -> None:
+    """Ctrl-C, a closed terminal and timeout(1) reach all of a group; the launcher alone decides what they mean."""
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def raise_open_files() -> None:

@@ -22,9 +22,10 @@ MIB = 1 << 20
 # Set before the first kernel is imported: the kernels that `fleet run` compiled serve the tests too, and no stale ones.
 os.environ.update(numba_cache.environment())
 
-# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background job ignores Ctrl-C, one of nohup a hang-up, and so would all that a test starts and interrupts.
+for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, handler)
 
 # No test judges by the clock, so a busy machine must not fail one.
 settings.register_profile("fleet", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fleet.errors import OutputError
+
 
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a run or of a sweep.")],
@@ -21,13 +23,17 @@ def report(
       fleet report runs/quickstart
       fleet report sweeps/scalability --json
     """
+    import pyarrow as pa
     from rich.console import Console
 
     from fleet.report.content import read
     from fleet.report.terminal import print_report
     from fleet.report.write import write
 
-    found = read(directory)
+    try:
+        found = read(directory)
+    except pa.ArrowInvalid as error:
+        raise OutputError(f"{directory}: holds a damaged file: {error}") from None
     page = write(found)
     if as_json:
         sys.stdout.write(json.dumps({"report": str(page)} | found.plain(), indent=2, ensure_ascii=False) + "\n")

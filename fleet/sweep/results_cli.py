@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fleet.sweep.compare import Comparison
     from fleet.sweep.store import Cell
 
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(rich_markup_mode=None)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Of a sweep or a run.", show_default=False)]

@@ -137,6 +137,8 @@ def _check(path: Path, out: Path, options: ImportOptions) -> None:
     if out.is_dir() or not out.parent.is_dir():
         problem = "is a directory" if out.is_dir() else f"there is no directory {out.parent}"
         raise TraceError(f"{out}: {problem}; name a file to write with --out")
+    if out.exists() and not out.is_file():
+        raise TraceError(f"{out}: is no regular file; name a file to write with --out")
     if path.exists() and out.exists() and path.samefile(out):
         raise TraceError(f"{out}: is the recording itself; name another file with --out")
 

@@ -1,6 +1,7 @@
 """``fleet validate`` and ``fleet sensitivity``."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
@@ -20,8 +21,8 @@ JOBS = 2
 
 def validate(
     scale: Annotated[
-        str, typer.Option(metavar="F", help="Factor on memory, caches, updates and times.")
-    ] = DEFAULT_SCALE,
+        str | None, typer.Option(metavar="F", help=f"Factor on memory, caches, updates and times [{DEFAULT_SCALE}]")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="The real size: 144 GiB. 2 h on 2 cores.")] = False,
     updates: Annotated[
         int | None,
@@ -59,7 +60,11 @@ def validate(
 
     if costs not in get_args(runner.Extent):
         raise SpecError(f"--costs: must be one of {', '.join(get_args(runner.Extent))}, not {costs!r}")
-    plan = experiments.plan(_scale("1" if full else scale), updates, seed)
+    if full and scale is not None:
+        raise SpecError("--full: is --scale 1 already; give one of them")
+    if not math.isfinite(price):
+        raise SpecError(f"--price {price}: must be a finite number")
+    plan = experiments.plan(_scale("1" if full else scale or DEFAULT_SCALE), updates, seed)
     console, progress = _consoles()
     with Display(progress, meant_to_fail={label(experiments.MEANT_TO_FAIL)}) as display:
         report = runner.check(plan, cast(runner.Extent, costs), price, out, claim or [], jobs=jobs, progress=display)

@@ -1,6 +1,7 @@
 """fleet.cli: what is printed where, and the exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,34 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("xeon-8360y-optane")
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "said"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("2>/dev/full", 0, ""),
+        (">/dev/full", 1, "fleet: standard output: No space left on device\n"),
+    ],
+)
+def test_a_stream_that_takes_nothing_is_no_traceback(redirect: str, code: int, said: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m fleet version {redirect}"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.timeout(400)
+def test_a_run_does_not_end_with_who_watches_it(tmp_path: Path) -> None:
+    out = tmp_path / "\u00fc"
+    command = f"{sys.executable} -m fleet run --memory 16MiB --seconds 0.2 --json --out {out} 2>/dev/full"
+    plain = os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, env=plain, check=False)
+    assert done.returncode == 0
+    assert done.stdout.isascii()
+    assert json.loads(done.stdout)["run"]["name"] == "\u00fc"
+    assert (out / "summary.json").is_file()
 
 
 def test_an_internal_error_is_one_line_and_exit_code_1(

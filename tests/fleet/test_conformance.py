@@ -83,6 +83,21 @@ def _judge_gain(fast: list[int], random: float = 0.2) -> list[str]:
     return _judge(policies()["hyperplace"], summary, _series(fast), "").broken
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--vcpus 0", "--vcpus"),
+        ("--longest -1", "--longest"),
+        ("--memory 1", "--memory: memory: 1 is not"),
+        ("--pair-memory 1KiB", "--pair-memory: memory: 1KiB is not"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_runs(words: str, says: str) -> None:
+    done = conformance("none", *words.split())
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert says in done.stderr
+
+
 def test_an_unknown_policy_is_refused() -> None:
     done = conformance("hyperplane")
     assert done.returncode == 2

@@ -92,15 +92,15 @@ def test_the_soft_limit_of_open_files_is_raised_as_far_as_needed() -> None:
     assert second == doctor.FILES_FOR_ALL + 50 * doctor.FILES_PER_GUEST
 
 
-def test_a_socket_directory_with_a_long_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / ("x" * 100)
-    folder.mkdir()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+def test_the_socket_directory_is_where_a_run_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/of-somebody-else")
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    there = doctor.socket_directory()
+    assert (there.ok, there.found) == (True, "/tmp")
+    monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
     refused = doctor.socket_directory()
     assert not refused.ok
     assert "XDG_RUNTIME_DIR" in refused.fix
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/tmp")
-    assert doctor.socket_directory().ok
 
 
 def test_a_kernel_without_sealed_memfds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

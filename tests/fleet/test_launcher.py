@@ -21,6 +21,7 @@ from fleet.launcher import run_fleet
 from fleet.outcome import FleetResult, Outcome, Sample, Silent, VmProgress
 from proto.config import GuestConfig, HostConfig
 from proto.counters import COUNTERS
+from proto.process import GO
 from proto.units import PS_PER_MS, PS_PER_S
 
 FOREVER_PS = 10_000 * PS_PER_S
@@ -209,14 +210,24 @@ def test_an_interrupted_fleet_reports_what_it_has(start: Start, signum: signal.S
     assert signal.getsignal(signum) is before
 
 
-def test_a_terminals_interrupt_leaves_the_reports_to_the_launcher(start: Start) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_leaves_the_reports_to_the_launcher(start: Start, signum: signal.Signals) -> None:
     def interrupt_all() -> None:
         for process in _family():
-            process.send_signal(signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+            process.send_signal(signum)
+        os.kill(os.getpid(), signum)
 
     result = start(Watch(moving=interrupt_all))
     assert (result.outcome, set(result.reports)) == (Outcome.INTERRUPTED, {0, 1})
+
+
+def test_what_nohup_has_ignored_stays_ignored(start: Start) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = start(Watch(moving=lambda: os.kill(os.getpid(), signal.SIGHUP)), run_ps=PS_PER_S)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result.outcome, set(result.reports)) == (Outcome.OK, {0, 1})
 
 
 def test_interrupted_twice_it_waits_for_no_report(start: Start) -> None:
@@ -324,7 +335,7 @@ def test_a_killed_launcher_leaves_nothing(
         if victims == "launcher, and the host asked many times":
             with suppress(ProcessLookupError):
                 while True:
-                    os.kill(host_pid, signal.SIGTERM)
+                    os.kill(host_pid, GO)
     # Each gets its signal from the kernel; the test's own time limit bounds the wait.
     while any(_alive(process) for process in family) or os.listdir(runtime):
         pass

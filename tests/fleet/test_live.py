@@ -93,8 +93,8 @@ def test_compiling_is_said_once(guests: list[GuestConfig]) -> None:
         display.on_compile(done, 3, "kernel")
     display.on_ready(2, 0.5)
     assert text_of(console).splitlines() == [
-        "compiling kernels (first run only): 3",
-        "compiling kernels: done",
+        "loading kernels (first run: compiling them): 3",
+        "loading kernels: done",
         "2 guests ready in 0.50 s",
     ]
 
@@ -131,7 +131,7 @@ def test_live_display_shows_and_clears(guests: list[GuestConfig], report: Report
         observer.on_ready(2, 0.1)
         observer.on_progress([report(0, 0.5, 1_000_000, 400_000), report(1, 0.4, 100, 100, "populate")])
     shown = text_of(terminal)
-    for part in ("compiling kernels", "2 guests ready", "g-tpp", "hyperplace", "40.0", "populate"):
+    for part in ("loading kernels", "2 guests ready", "g-tpp", "hyperplace", "40.0", "populate"):
         assert part in shown
     assert shown.endswith("\x1b[2K")  # the table is erased, the final one follows
 

@@ -49,6 +49,13 @@ def test_out_that_is_not_empty_is_refused(tmp_path: Path) -> None:
         RunDirectory.create(tmp_path, "n")
 
 
+def test_a_place_that_takes_nothing_is_refused(tmp_path: Path, experiment: Experiment) -> None:
+    directory = RunDirectory.create(tmp_path / "out", "n")
+    directory.path.rmdir()
+    with pytest.raises(OutputError, match="cannot write to"):
+        directory.begin(experiment, collect())
+
+
 def test_a_run_leaves_everything(tmp_path: Path, experiment: Experiment, result: FleetResult) -> None:
     directory = RunDirectory.create(tmp_path / "run", "n")
     provenance = collect(["fleet", "run", "two.toml"])

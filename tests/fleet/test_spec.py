@@ -262,6 +262,7 @@ def test_a_flag_that_repeats_the_files_policy_keeps_what_its_groups_set(tmp_path
         ({}, ("workload.layout",), "write key=value"),
         ({"workload": "trace"}, (), "needs a file: --set workload.file=FILE"),
         ({"workload": "trace"}, ("workload.file=nowhere/x.trace",), "there is no directory nowhere"),
+        ({"workload": "trace"}, ("workload.file=" + "x" * 5000,), "no such file: File name too long"),
     ],
 )
 def test_a_bad_value_is_refused_in_one_line(flags: dict[str, Any], sets: tuple[str, ...], says: str) -> None:

@@ -73,7 +73,7 @@ def test_a_child_whose_parent_is_gone_ends_at_once() -> None:
 
 def test_the_terminals_signals_are_ignored() -> None:
     def act(writer: int) -> str:
-        process.ignore_terminal()
+        process.ignore_group()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGHUP)
         return "still here"

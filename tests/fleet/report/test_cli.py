@@ -156,6 +156,14 @@ def test_report_of_a_sweep(sweep: Path) -> None:
         assert series["y"] == pytest.approx(cores)
 
 
+def test_a_damaged_file_is_named_in_one_line(single: Path, tmp_path: Path) -> None:
+    shutil.copytree(single, tmp_path / "run")
+    (tmp_path / "run" / "timeseries.parquet").write_bytes(b"PAR1 and nothing else")
+    done = fleet("report", tmp_path / "run")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "damaged" in done.stderr
+
+
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "nowhere"):
         done = fleet("report", directory)

@@ -1,5 +1,6 @@
 """From a recording to a trace: detection, thresholds, all or nothing."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,10 +128,13 @@ def test_nothing_is_written(
 
 def test_places_that_cannot_be_written(recording: Callable[[bytes], Path]) -> None:
     path = recording(LACKEY)
+    pipe = path.parent / "pipe"
+    os.mkfifo(pipe)
     for out, what in (
         (path, "recording itself"),
         (path.parent, "is a directory"),
         (path.parent / "no/x", "no directory"),
+        (pipe, "no regular file"),
     ):
         with pytest.raises(TraceError, match=what):
             import_trace(path, out, ImportOptions())
