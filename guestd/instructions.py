@@ -20,7 +20,6 @@ from proto.units import TABLE_SHIFT
 GLOBAL = -1
 """PCID of a context that holds a VPID's global pages."""
 ANY = -2
-ALL_CONTEXTS = (1 << CONTEXTS) - 1
 
 
 @inline

@@ -23,7 +23,6 @@ CONTEXT_BITS = 4
 CONTEXT_MASK = (1 << CONTEXT_BITS) - 1
 SIZE_2M = 1 << 27
 """Added to the page number of a tag: an entry of 2 MiB, numbered by leaf table."""
-NUMBER_MASK = (1 << 28) - 1
 
 TLB_DIRTY = 1
 TLB_FRAME_SHIFT = 4
@@ -133,10 +132,13 @@ def touch(recent: Words, index: int, way: int, ways: int) -> None:
 
 @inline
 def victim(recent: Words, index: int, ways: int) -> int:
-    """The way of set ``index``, among the bits ``ways``, to be replaced next."""
+    """The way of set ``index``, among the bits ``ways``, to be replaced next; if all are recent, they start anew."""
     assume(index >= 0)
     free = ~recent[index] & ways
-    return int(trailing_zeros(free)) if free != 0 else 0
+    if free == 0:
+        recent[index] &= ~ways
+        free = ways
+    return int(trailing_zeros(free))
 
 
 @inline

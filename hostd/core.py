@@ -248,7 +248,7 @@ class HostCore:
         report["flushes"] = flush_totals(report["vmstat"], report["kvm"])
         report["migration"] |= {
             "promoted_pages": report["vmstat"]["pgpromote_success"],
-            "demoted_pages": report["vmstat"]["pgdemote_kswapd"],
+            "demoted_pages": report["vmstat"]["pgdemote_kswapd"] + report["vmstat"]["pgexchange_success"],
             "swapped_pairs": report["vmstat"]["pgexchange_success"],
             "failed_pages": report["vmstat"]["pgmigrate_fail"],
             "bytes": report["migration"]["bytes"] + mine["bytes"]["migrated"],
@@ -273,7 +273,7 @@ class HostCore:
 
     def host_report(self, measured_cpu: dict[str, Any]) -> dict[str, Any]:
         """The `host` object of summary.json but refusals and rates. ``measured_cpu``: the process's, by the server."""
-        modelled = {vm: sum(state.meter.modelled_s().values()) for vm, state in self.vms.items()}
+        modelled = {vm: state.modelled_s() for vm, state in self.vms.items()}
         stages = {
             name: sum(float(state.meter.book[i]) for state in self.vms.values()) / 1e9 for i, name in enumerate(STAGES)
         }

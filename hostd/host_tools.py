@@ -32,7 +32,7 @@ from proto.units import PAGE_SHIFT, TABLE_SHIFT
 
 @metered
 def _scan_list(ept: Words, pde: Pdes, ranges: Words, bits: Bytes) -> tuple[int, int]:
-    """See `HostTools.scan_list`; (A bits that were set, entries looked at)."""
+    """See `HostTools.scan_list`; (A bits that were set in entries that map, entries looked at)."""
     at = found = visited = 0
     huge, young = -1, False
     for i in range(ranges.shape[0]):
@@ -42,18 +42,19 @@ def _scan_list(ept: Words, pde: Pdes, ranges: Words, bits: Bytes) -> tuple[int, 
                 # One entry, however many ranges name pages of it.
                 if number != huge:
                     head = number << TABLE_SHIFT
-                    young = (pde[number] & ACCESSED) != 0 or (ept[head] & YOUNG) != 0
+                    mapped = (pde[number] & ACCESSED) != 0
+                    young = mapped or (ept[head] & YOUNG) != 0
                     pde[number] &= ~ACCESSED
                     ept[head] &= ~YOUNG
                     huge = number
                     visited += 1
-                    found += 1 if young else 0
+                    found += 1 if mapped else 0
                 accessed = young
             else:
                 visited += 1
                 accessed = (ept[page] & (ACCESSED | YOUNG)) != 0
+                found += 1 if (ept[page] & ACCESSED) != 0 else 0
                 ept[page] &= ~(ACCESSED | YOUNG)
-                found += 1 if accessed else 0
             if accessed:
                 bits[at >> 3] |= 1 << (at & 7)
             at += 1
@@ -62,8 +63,6 @@ def _scan_list(ept: Words, pde: Pdes, ranges: Words, bits: Bytes) -> tuple[int, 
 
 class HostTools(HostView, HostHelp):
     """See the module."""
-
-    barrier_ps = 0
 
     def _pause(self, lasts_ps: int) -> None:
         one = np.array([self.now], np.int64)

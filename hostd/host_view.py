@@ -98,7 +98,7 @@ def _in_order(operations: Operations) -> Operations:
 
 
 class HostView(PageView):
-    """See the module. ``in_fault``: the VM waits for the answer to an EPT fault.
+    """See the module.
 
     ``operations``: the queue of another view of the same VM, if this one's thread is not the only one at work on it.
     """
@@ -118,7 +118,10 @@ class HostView(PageView):
         self._moving: list[tuple[Words, Words, Words]] = []
         """Moves to come: (times, frames they leave, frames they go to), each in order of time."""
         self._events = events
-        self.in_fault = False
+        self.faulting: Words = np.zeros(0, np.int64)
+        """Units that the VM waits for in an EPT fault; empty while it does not."""
+        self.barrier_ps = 0
+        """End of the quantum that the VM is in."""
         self.fault_bytes = np.zeros(4, np.int64)
         """What copies in faults moved: fast read, slow read, fast write, slow write; the VM's hardware books others."""
         self.kicked_permille = 1000
@@ -128,11 +131,16 @@ class HostView(PageView):
 
     def _emit(self, kind: int, times: Words, a: Words, b: Words, flags: int | Words = 0,
               busy_ps: int | Words = 0) -> None:  # fmt: skip
+        times = self._possible(times)
         records = np.zeros(times.size, OPERATION)
         records["time_ps"], records["kind"], records["flags"] = times, kind, flags
         records["a"], records["b"] = a, b
         records["hold_ps"], records["busy_ps"] = self._request_ps(), busy_ps
         self.operations.append(records if (times[1:] >= times[:-1]).all() else _in_order(records))
+
+    def _possible(self, times: Words) -> Words:
+        """In a fault, no operation before the next barrier: the VM has those of its quantum."""
+        return np.maximum(times, self.barrier_ps) if self.faulting.size else times
 
     def stall(self, vcpu: int, start_ps: int, duration_ps: int) -> None:
         """The VM's thread for ``vcpu`` does the host's work (task context) instead of running the guest."""
@@ -241,26 +249,36 @@ class HostView(PageView):
         """Until a move at its time is executed, nobody may move its page again, known by either frame."""
         self.nodes.flags[targets] |= F_BUSY
         self.nodes.flags[frames] |= F_BUSY
-        self._moving.append((times, frames, targets))
+        self._moving.append((self._possible(times), frames, targets))
 
     def _migrate(self, pages: Words, frames: Ints, targets: Ints, sizes: Words, node: int, cost_ps: Words,
                  protect: bool, copied: bool) -> None:  # fmt: skip
         assert not copied, "no host-side policy write-protects"
-        leaves, sources, places = expand(pages, sizes), expand(frames, sizes), expand(targets, sizes)
-        if self.in_fault:
-            slow = int((sources >= self._half).sum())
-            self.fault_bytes[:2] += PAGE_SIZE * np.array((sources.size - slow, slow))
-            self.fault_bytes[2 + node] += PAGE_SIZE * sources.size
-            _move_now(self.meter.book, self._table, self._stamps, self.nodes, leaves, sources, places)
-            self.meter.charge(int(cost_ps.sum()))
-        else:
-            each = cost_ps + self._request_ps()
-            times = self.now + np.cumsum(each) - each
-            flags = np.where(sizes > 1, HUGE, 0) | (PROTNONE if protect else 0)
-            self._emit(OP_MOVE, times, pages, targets.astype(np.int64), flags, each)
-            self._busy(np.repeat(times, sizes), sources, places)
-            self.meter.charge(int(each.sum()))
+        # What the VM waits for was not mapped and is in no TLB; a ranking in the fault may move other pages, too.
+        now = np.isin(pages, self.faulting)
+        for part, migrate in ((now, self._migrate_now), (~now, self._migrate_later)):
+            if part.any():
+                migrate(pages[part], frames[part], targets[part], sizes[part], node, cost_ps[part], protect)
+        leaves = expand(pages, sizes)
         self._events.add(self.now, "promote" if node == FAST else "demote", leaves << PAGE_SHIFT, 1 - node, node)
+
+    def _migrate_now(self, pages: Words, frames: Ints, targets: Ints, sizes: Words, node: int, cost_ps: Words,
+                     protect: bool) -> None:  # fmt: skip
+        leaves, sources, places = expand(pages, sizes), expand(frames, sizes), expand(targets, sizes)
+        slow = int((sources >= self._half).sum())
+        self.fault_bytes[:2] += PAGE_SIZE * np.array((sources.size - slow, slow))
+        self.fault_bytes[2 + node] += PAGE_SIZE * sources.size
+        _move_now(self.meter.book, self._table, self._stamps, self.nodes, leaves, sources, places)
+        self.meter.charge(int(cost_ps.sum()))
+
+    def _migrate_later(self, pages: Words, frames: Ints, targets: Ints, sizes: Words, node: int, cost_ps: Words,
+                       protect: bool) -> None:  # fmt: skip
+        each = cost_ps + self._request_ps()
+        times = self.now + np.cumsum(each) - each
+        flags = np.where(sizes > 1, HUGE, 0) | (PROTNONE if protect else 0)
+        self._emit(OP_MOVE, times, pages, targets.astype(np.int64), flags, each)
+        self._busy(np.repeat(times, sizes), expand(frames, sizes), expand(targets, sizes))
+        self.meter.charge(int(each.sum()))
 
     def _swap(self, slow_pages: Words, slow_frames: Ints, fast_pages: Words, fast_frames: Ints, sizes: Words,
               batched: bool) -> None:  # fmt: skip

@@ -119,6 +119,10 @@ class Vm:
         return HostView(self.config, self.memory, self.nodes, meter, self.counters, self._schedule, self._events,
                         self.view.operations)  # fmt: skip
 
+    def modelled_s(self) -> float:
+        """Modelled CPU of the host's threads for this VM: tiering's, and those beside it."""
+        return sum(sum(meter.modelled_s().values()) for meter in (self.meter, *(one.meter for one in self._threads)))
+
     def _populate(self) -> int:
         """Back and pin every gPA frame that the guest's kernel manages; returns how many."""
         config = self.config
@@ -186,9 +190,9 @@ class Vm:
         cost, hints = self._map(gpfns)
         if hints.size:
             self.meter.now = time_ps
-            self.view.in_fault = True
+            self.view.faulting = self.view.heads(gpfns)
             extra = self.tiering.on_hint_faults(gpfns[hints])
-            self.view.in_fault = False
+            self.view.faulting = gpfns[:0]
             cost[hints] += extra
         self.cpu_ns += time.thread_time_ns() - began
         return cost

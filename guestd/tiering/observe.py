@@ -59,10 +59,10 @@ class Observations(ABC):
 
         The kernel's ageing in reclaim, ptep_clear_flush_young_notify; in KVM ``clear_flush_young``
         (virt/kvm/kvm_main.c). Costs a reverse-map walk and a PTE each; in the host also a flush request per young page
-        (`remote_tlb_flush_requests`), in a guest on x86 none.
+        that the EPT maps (`remote_tlb_flush_requests`), in a guest on x86 none.
         """
-        young = self.clear_young(pages)
-        self._flush_young(int(young.sum()))
+        young, mapped = self._take_young(pages)
+        self._flush_young(mapped)
         return young
 
     def test_young(self, pages: Words, *, rmap: bool = True) -> Mask:
@@ -83,10 +83,14 @@ class Observations(ABC):
         PTE each. A page that a TLB still translates looks idle the next time, however often it is accessed. Of a unit
         that is named twice, the first says whether it is young.
         """
+        return self._take_young(pages)[0]
+
+    def _take_young(self, pages: Words) -> tuple[Mask, int]:
+        """What `clear_young` returns, and how many of them an entry maps."""
         young = np.zeros(pages.size, np.bool_)
-        ptes.clear_young(self.meter.book, self._table, self._pde, pages, young)
+        mapped = int(ptes.clear_young(self.meter.book, self._table, self._pde, pages, young))
         self.meter.charge((self.costs.rmap_walk_ps + self.costs.scan_pte_ps) * pages.size)
-        return young
+        return young, mapped
 
     def test_and_clear_dirty(self, pages: Words) -> Mask:
         """Read and clear the dirty bits of ``pages`` (int64[n]) in order of address; bool[n].

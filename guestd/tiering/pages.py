@@ -70,16 +70,23 @@ def test_young(table: Words, pde: Pdes, pages: Words, out: Mask) -> None:
 
 
 @metered
-def clear_young(table: Words, pde: Pdes, pages: Words, out: Mask) -> None:
-    """The accessed bit of each page's unit, which is cleared: of a unit that is named twice, the first says so."""
+def clear_young(table: Words, pde: Pdes, pages: Words, out: Mask) -> int:
+    """The accessed bit of each page's unit, which is cleared: of a unit that is named twice, the first says so.
+
+    Returns how many had it in an entry that maps them, and so may be in a TLB: not those that were young when zapped.
+    """
+    mapped = 0
     for i in range(pages.size):
         page = pages[i]
         out[i] = _young(table, pde, page)
         if is_huge(pde, page):
+            mapped += 1 if (pde[page >> TABLE_SHIFT] & ACCESSED) != 0 else 0
             pde[page >> TABLE_SHIFT] &= ~ACCESSED
             table[page & ~(TABLE_PAGES - 1)] &= ~YOUNG
         else:
+            mapped += 1 if (table[page] & ACCESSED) != 0 else 0
             table[page] &= ~(ACCESSED | YOUNG)
+    return mapped
 
 
 @metered

@@ -17,7 +17,7 @@ from guestd.params import Param
 from guestd.tiering.policy import FAILED, TAKEN, HintRule, Params, Policy
 from guestd.tiering.stage import FAULT_AGES, FAULTS, Classifier, Evidence, Migrator, Stage, Tracker, composed
 from guestd.tiering.view import PageView
-from proto.arrays import Mask, Words
+from proto.arrays import Ints, Mask, Words
 from proto.counters import C
 from proto.units import PAGE_SHIFT, PS_PER_MS, PS_PER_S
 
@@ -211,15 +211,19 @@ class FaultRanked(Classifier):
         """From the tail of the inactive list, what was not accessed since it was last looked at."""
         view = self.view
         cold: list[Words] = []
+        back: list[tuple[Ints, Mask, Mask]] = []
         for node_list in (INACTIVE, ACTIVE):
             frames = view.isolate(FAST, node_list, need)
             pages = view.pages_of(frames)
             young = view.test_and_clear_young(pages)
-            view.put_back(frames, young if node_list == INACTIVE else np.zeros(frames.size, np.bool_), young)
+            back.append((frames, young if node_list == INACTIVE else np.zeros(frames.size, np.bool_), young))
             cold.append(pages[~young])
             need -= int(view.sizes(cold[-1]).sum())
             if need <= 0:
                 break
+        # Only now: what was just found accessed has lost its A bit, and would look cold on the other list.
+        for frames, active, young in back:
+            view.put_back(frames, active, young)
         return np.concatenate(cold)
 
     def hot_set(self) -> Words | None:

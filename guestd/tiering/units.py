@@ -78,13 +78,17 @@ def relink(nodes: Nodes, frames: Ints, targets: Ints, node: int) -> None:
 
 @metered
 def relink_pairs(nodes: Nodes, first: Ints, second: Ints) -> None:
-    """The units of both frames of each pair, of one size, trade places, each keeping its active bit."""
+    """The units of both frames of each pair, of one size, trade places, each keeping its active bit.
+
+    That a page was seen once on its list, or came down by demotion, does not stay with the frame.
+    """
     for i in range(first.size):
         a, b = first[i], second[i]
         flags_a, flags_b = nodes.flags[a], nodes.flags[b]
         for frame in (a, b):
             if nodes.flags[frame] & F_LRU:
                 lru_remove(nodes, frame)
+            nodes.flags[frame] &= ~(F_REFERENCED | F_DEMOTED)
         for j in range(unit_size(nodes, a)):
             nodes.page[a + j], nodes.page[b + j] = nodes.page[b + j], nodes.page[a + j]
         lru_add(nodes, a, 1 if flags_b & F_ACTIVE else 0)

@@ -232,6 +232,10 @@ class PmlCopy(Migrator):
     def __init__(self, view: PageView, params: Params) -> None:
         super().__init__(view, params)
         self._batches: list[Batch] = []
+        self._copied_ps = 0
+        """When the copies under way are made."""
+        self._written = np.zeros(0, np.int64)
+        """Pages that the log named since a batch was begun, while it was not looked at."""
 
     def on_ranking(self) -> None:
         with self.view.meter.stage(self.books):
@@ -239,6 +243,11 @@ class PmlCopy(Migrator):
 
     def on_dirty(self, pages: Words) -> None:
         with self.view.meter.stage(self.books):
+            if self.view.now < self._copied_ps:
+                # Another stage's timer may set its thread back to a time before copies that it has asked for.
+                self._written = np.concatenate([self._written, pages])
+                return
+            pages, self._written = np.concatenate([self._written, pages]), self._written[:0]
             batches, self._batches = self._batches, []
             for batch in batches:
                 self._go_on(batch, np.isin(batch.pages, pages))
@@ -251,6 +260,7 @@ class PmlCopy(Migrator):
         if stays.any():
             pages, targets = batch.pages[stays], batch.targets[stays]
             help_.copy_again(pages, targets)
+            self._copied_ps = view.now
             self._batches.append(Batch(batch.node, pages, targets, batch.again + 1))
         done = ~stays
         help_.switch(batch.pages[done], batch.targets[done], written[done])
@@ -273,6 +283,7 @@ class PmlCopy(Migrator):
     def _copy(self, pages: Words, node: int, keep: int) -> None:
         pages, targets = host_help(self.view).copy_ahead(pages, node, keep)
         if pages.size:
+            self._copied_ps = self.view.now
             self._batches.append(Batch(node, pages, targets, 0))
 
 

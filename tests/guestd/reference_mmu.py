@@ -49,10 +49,13 @@ class Array(Generic[Value]):
         self.used[index] = {way} if len(used) == self.ways else used
 
     def enter(self, key: Key, value: Value, allowed: int) -> None:
-        """Over the first of the ``allowed`` ways that is not marked used (the first of all if they are)."""
+        """Over the first of the ``allowed`` ways that is not marked used; if all are, their marks go."""
         index, way = self._find(key)
         assert way is None
-        way = min(set(range(allowed)) - self.used[index], default=0)
+        choice = set(range(allowed))
+        if choice <= self.used[index]:
+            self.used[index] -= choice
+        way = min(choice - self.used[index])
         self.sets[index][way] = (key, value)
         self._use(index, way)
 

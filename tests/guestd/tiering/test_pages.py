@@ -83,9 +83,10 @@ def test_accessed_and_dirty_bits_are_where_the_mapping_is(table: Table, pages: n
     tested, young, dirty = (np.empty(pages.size, np.bool_) for _ in range(3))
     ptes.test_young(book, table.leaf, table.pde, pages, tested)
     assert np.array_equal(table.leaf, before.leaf) and np.array_equal(table.pde, before.pde)
-    ptes.clear_young(book, table.leaf, table.pde, pages, young)
+    mapped = ptes.clear_young(book, table.leaf, table.pde, pages, young)
     ptes.clear_dirty(book, table.leaf, table.pde, pages, dirty)
     cleared: set[int] = set()
+    expected = 0
     for i, page in enumerate(map(int, pages)):
         first = head(table, page)
         leaf = int(before.leaf[first])
@@ -93,7 +94,9 @@ def test_accessed_and_dirty_bits_are_where_the_mapping_is(table: Table, pages: n
         assert tested[i] == bool(entry & (ACCESSED | YOUNG))
         assert young[i] == (tested[i] and first not in cleared)
         assert dirty[i] == (bool(entry & DIRTY) and first not in cleared)
+        expected += bool(entry & ACCESSED) and first not in cleared
         cleared.add(first)
+    assert mapped == expected
     ptes.test_young(book, table.leaf, table.pde, pages, tested)
     assert not tested.any()
     # Nothing else changed.
