@@ -15,8 +15,8 @@ from fleet.validate.groups import groups
 from fleet.validate.runner import Report, check, cost_variants
 
 ROOT = Path(__file__).parent.parent.parent.parent
-UPDATES = 2_500_000_000
-"""Of the table's VM before scale: enough for a few passes of the scanner."""
+UPDATES = 16_000_000_000
+"""Of the table's VM before scale: enough for the start not to decide (docs/validation.md, What a scale keeps)."""
 
 
 def fleet(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -94,7 +94,6 @@ def test_counts_and_times_shrink_with_the_scale(two_scales: list[Report]) -> Non
     for one, other in zip(larger.flushes, smaller.flushes, strict=True):
         assert other.raw["total"] == pytest.approx(one.raw["total"] / 2, rel=0.25), one.policy
         assert other.elapsed_s == pytest.approx(one.elapsed_s / 2, rel=0.1), one.policy
-        assert other.fast_ratio == pytest.approx(one.fast_ratio, abs=0.02), one.policy
 
 
 def test_a_cost_moves_only_the_cells_that_it_can() -> None:
