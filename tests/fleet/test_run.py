@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ ROOT = Path(run.__file__).parent.parent
 SMALL = ("--vms", "2", "--policy", "g-tpp", "--memory", "16MiB", "--transactions", "20000", "--seed", "5")
 
 
-def fleet(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def fleet(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fleet", "run", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | (env or {})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.mark.timeout(300)  # the first run of a machine compiles
@@ -106,16 +109,23 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _copy(source: str, target: str) -> None:
+    with suppress(FileNotFoundError):  # a file that another process is just writing, under a name for the time being
+        shutil.copy2(source, target)
+
+
 @pytest.fixture(scope="module")
 def every_design(spec: Path) -> dict[str, Any]:
-    """The summary of one such run, and what the cache of kernels holds after it."""
-    out = spec.parent / "out"
-    done = fleet(spec, "--json", "--out", out)
+    """The summary of one such run, and what its cache of kernels holds then: one of its own, as other tests compile."""
+    out, shared = spec.parent / "out", numba_cache.cache_directory()
+    cache = spec.parent / "cache" / "tierfleet" / shared.name
+    shutil.copytree(shared, cache, copy_function=_copy)
+    done = fleet(spec, "--json", "--out", out, env={"XDG_CACHE_HOME": str(spec.parent / "cache")})
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     (warm_ns,) = [line["time_ns"] for line in log if line["process"] == "zygote" and line["message"].startswith("warm")]
-    files = [path for path in numba_cache.cache_directory().rglob("*") if path.is_file()]
+    files = [path for path in cache.rglob("*") if path.is_file()]
     summary["cache"] = {"files": len(files), "late": [path.name for path in files if path.stat().st_mtime_ns > warm_ns]}
     return summary
 
