@@ -22,7 +22,7 @@ from guestd import ledger
 from guestd.errors import GuestError, UnexpectedMessage
 from guestd.hypercall import Hypercalls
 from guestd.threads import OsThreads, Threads
-from proto import transport
+from proto import clocks, transport
 from proto.config import GuestConfig
 from proto.handover import accept
 from proto.layout import VmMemory
@@ -84,7 +84,6 @@ def run_guest(sock: socket.socket, log: LineLog, make_guest: MakeGuest) -> None:
         report["process_cpu"] = report.get("process_cpu", {}) | ledger.process_cpu(*threads.native_ids)
         log.info("done")
         hypercalls.say(Bye(report=msgspec.json.encode(report)))
-        # The main thread is to be the last one, so that its clock, which the zygote reads, has the process's teardown.
         threads.close()
     except Exception as error:
         log.error(traceback.format_exc())
@@ -123,4 +122,6 @@ def guest_process(parent: int, config: GuestConfig, sock: socket.socket, make_gu
     except Exception as error:
         log.error(f"{type(error).__name__}: {error}")
         return 1
+    # So that the main thread's clock, which the zygote reads, has the teardown of the process.
+    clocks.outlive_other_threads()
     return 0

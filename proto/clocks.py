@@ -10,6 +10,7 @@ import os
 import time
 
 _PER_THREAD_SCHED = 6
+_LOOK_S = 0.0005
 
 
 def thread_ids() -> list[int]:
@@ -23,6 +24,20 @@ def thread_cpu_ns(tid: int) -> int:
         return time.clock_gettime_ns(~tid << 3 | _PER_THREAD_SCHED)
     except OSError:
         return 0
+
+
+def outlive_other_threads(longest_s: float = 1.0) -> bool:
+    """Wait until the kernel has let go of every thread of this process but the calling one; whether it has in time.
+
+    A joined thread is not yet gone: it still holds a share of the address space, and whichever thread gives up the last
+    share pays for taking it all down (kernel/exit.c, do_exit: exit_mm).
+    """
+    deadline_s = time.monotonic() + longest_s
+    while len(thread_ids()) > 1:
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(_LOOK_S)
+    return True
 
 
 def zombie_main_thread_ns(pid: int) -> int:

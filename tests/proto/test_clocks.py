@@ -45,6 +45,19 @@ def test_a_thread_that_is_gone_has_no_time() -> None:
     assert clocks.thread_cpu_ns(thread.native_id or 0) == 0
 
 
+def test_a_process_can_outlive_its_other_threads() -> None:
+    pid = os.fork()
+    if pid == 0:
+        finish = threading.Event()
+        thread = threading.Thread(target=finish.wait)
+        thread.start()
+        too_early = clocks.outlive_other_threads(0.01)
+        finish.set()
+        alone = clocks.outlive_other_threads() and clocks.thread_ids() == [os.getpid()]
+        os._exit(int(too_early or not alone))
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 def test_a_dead_childs_main_thread_is_read_before_it_is_reaped() -> None:
     pid = os.fork()
     if pid == 0:
