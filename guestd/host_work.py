@@ -15,17 +15,13 @@ from guestd.kvm import request_flush, vm_exit
 from guestd.machine import Machine, S
 from guestd.mmu_lock import hold
 from guestd.pml import P_ON, flush_log
+from guestd.tiering.pages import frame_of
 from guestd.vcpu import EXIT_END, EXIT_START, FLUSH_AT_ENTRY, IDLE, OFF_PCPU, PAUSED, spend
 from proto.arrays import Words
 from proto.counters import C
 from proto.entry import ACCESSED, FRAME_MASK, FRAME_SHIFT, HUGE, PRESENT
 from proto.layout import NARROW, OP_COPY, OP_PAUSE, OP_SWITCH, OP_TRADE, W_LEAVE, W_LEFT, W_VISITED, W_YOUNG
 from proto.units import PAGE_SIZE, TABLE_PAGES, TABLE_SHIFT
-
-
-@inline
-def _frame_of(entry: int) -> int:
-    return (entry & FRAME_MASK) >> FRAME_SHIFT
 
 
 @inline
@@ -87,7 +83,7 @@ def _copy(m: Machine, source: int, target: int) -> None:
 def _trade(m: Machine, a: int, b: int) -> None:
     """Two gPA frames trade their frame slots, contents with them, through a buffer in fast memory."""
     first, second = m.ept[a], m.ept[b]
-    slot_a, slot_b = _frame_of(first), _frame_of(second)
+    slot_a, slot_b = frame_of(first), frame_of(second)
     kept = m.stamps[slot_a]
     _copy(m, slot_b, slot_a)
     m.stamps[slot_b] = kept
@@ -104,7 +100,7 @@ def _switch(m: Machine, gpfn: int, target: int, copy_ps: int) -> None:
     """Map ``gpfn`` to the slot that has a copy of it, which is made anew if it was written since."""
     entry = m.ept[gpfn]
     if m.pml.params[P_ON] == 0 or _has(m.pml.dirty, 0, gpfn) or _has(m.pml.dirty, 1, gpfn):
-        _copy(m, _frame_of(entry), target)
+        _copy(m, frame_of(entry), target)
         _prolong(m, copy_ps)
         m.counters[C.pml__copied_again] += 1
     m.ept[gpfn] = (entry & ~FRAME_MASK) | (target << FRAME_SHIFT)
@@ -116,7 +112,7 @@ def _walk_table(m: Machine, number: int, table: int) -> int:
     found, left = 0, False
     for leaf in range(number << TABLE_SHIFT, (number + 1) << TABLE_SHIFT):
         if (m.gpt[leaf] & ACCESSED) != 0:
-            page = _frame_of(m.gpt[leaf])
+            page = frame_of(m.gpt[leaf])
             if _has(m.walk, W_LEAVE, page):
                 left = True
             else:
@@ -142,7 +138,7 @@ def walk_guest(m: Machine, narrow: bool) -> int:
         entry = upper[number]
         if (entry & PRESENT) == 0:
             continue
-        huge, table = (entry & HUGE) != 0, _frame_of(entry)
+        huge, table = (entry & HUGE) != 0, frame_of(entry)
         if narrow and not huge and not _has(m.pml.dirty, 1, table) and not _has(m.walk, W_LEFT, table):
             continue
         visited += 1
@@ -179,7 +175,7 @@ def apply_host_work(m: Machine, operation: Any, now: int) -> None:
         for page in range(TABLE_PAGES if operation.flags & HUGE != 0 else 1):
             _trade(m, a + page, b + page)
     elif kind == OP_COPY:
-        _copy(m, _frame_of(m.ept[a]), b)
+        _copy(m, frame_of(m.ept[a]), b)
     elif kind == OP_SWITCH:
         _switch(m, a, b, operation.busy_ps)
     elif walk_guest(m, operation.flags & NARROW != 0) > 0 and not _flush_due(m, now):

@@ -17,6 +17,7 @@ from guestd.tiering import units
 from guestd.tiering.host_help import FlatMemoryHelp
 from hostd.host_tools import HostTools
 from proto.arrays import Mask, Words
+from proto.config import GuestConfig
 from proto.costs import copy_ps
 from proto.counters import C, new_counters
 from proto.layout import OP_MOVE
@@ -26,9 +27,10 @@ from proto.units import PAGE_SHIFT
 class FlatMemory(HostTools, FlatMemoryHelp):
     """See the module. ``share``: bool[frames], the frames that the VM has been given."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, config: GuestConfig, *args: Any) -> None:
+        super().__init__(config, *args)
         self.guest_counters = new_counters()
+        self.random = np.random.default_rng(config.seed)
         half = self._half
         self.share = np.zeros(2 * half, np.bool_)
         self.share[: int(self.nodes.managed[FAST])] = True

@@ -5,6 +5,8 @@ its page table, copy ahead. Stages that use it have ``views=("host",)``.
 from abc import abstractmethod
 from typing import cast
 
+import numpy as np
+
 from guestd.tiering.view import PageView
 from proto.arrays import Ints, Mask, Words
 from proto.counters import Counters
@@ -67,6 +69,8 @@ class FlatMemoryHelp(HostHelp):
 
     guest_counters: Counters
     """The VM's counters at the last barrier, as a host reads those of the cores that it is pinned to."""
+    random: np.random.Generator
+    """For a choice among equals; of the VM's own seed."""
 
     @abstractmethod
     def dedicated(self) -> Words:

@@ -221,7 +221,6 @@ class PageExchange(Migrator):
         """There is a new window to decide about."""
         self.permille = round(1000 * float(params["step_ratio"]))
         self._balance = 0
-        self._random = np.random.default_rng(view.pages)
 
     def on_ranking(self) -> None:
         self.ready = True
@@ -239,9 +238,9 @@ class PageExchange(Migrator):
         flat, balance = flat_memory(self.view), self._balance
         self._balance = 0
         if balance > 0:
-            flat.take_dedicated(self._random.permutation(flat.contended())[: balance // 2])
+            flat.take_dedicated(flat.random.permutation(flat.contended())[: balance // 2])
         elif balance < 0:
-            flat.give_dedicated(self._random.permutation(flat.dedicated())[:-balance])
+            flat.give_dedicated(flat.random.permutation(flat.dedicated())[:-balance])
 
 
 def orchestrate(members: Sequence[Tiering]) -> None:
