@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from guestd.guest import Guest
-from guestd.guest_view import EptFaultCall
+from guestd.operations import EptFaultCall
 from guestd.threads import Inline
 from hostd.core import HostCore
 from proto import memfd
+from proto.arrays import Words
 from proto.config import GuestConfig, HostConfig, pebs_buffer_bytes
 from proto.layout import VmMemory, segment_bytes, view_segment
 from proto.messages import Advance, Bye, EptFault, Hello, Mapped, Stop, ToGuest, Welcome
@@ -58,13 +58,11 @@ class InProcessFleet:
             self._inbox.extend(self.host.receive(config.vm, Hello(vm=config.vm, secret=_NO_SECRET, pid=0)))
 
     def _hypercall(self, vm: int) -> EptFaultCall:
-        def ept_fault(
-            time_ps: int, gpfns: npt.NDArray[np.int64], write: npt.NDArray[np.uint8]
-        ) -> npt.NDArray[np.int64]:
-            message = EptFault(time_ps=time_ps, gpfns=gpfns.tobytes(), write=write.tobytes())
+        def ept_fault(time_ps: int, gpfns: Words, last: bool) -> tuple[Words, bool]:
+            message = EptFault(time_ps=time_ps, gpfns=gpfns.tobytes(), last=last)
             ((_, answer),) = self.host.receive(vm, message)
             assert isinstance(answer, Mapped)
-            return np.frombuffer(answer.cost_ps, np.int64).copy()
+            return np.frombuffer(answer.cost_ps, np.int64).copy(), answer.waits
 
         return ept_fault
 

@@ -24,7 +24,7 @@ from guestd.tiering.pages import Pdes, expand, frame_of
 from guestd.tiering.radix import radix_of
 from guestd.transaction import unshadowed
 from guestd.vcpu import AGENT, book
-from proto.arrays import Bytes, Ints, Mask, Words
+from proto.arrays import Ints, Mask, Words
 from proto.config import GuestConfig
 from proto.costs import copy_ps
 from proto.counters import C
@@ -41,7 +41,7 @@ from proto.entry import (
 )
 from proto.units import PAGE_SHIFT, PAGE_SIZE, TABLE_PAGES, TABLE_SHIFT
 
-EptFaultCall = Callable[[int, Words, Bytes], Words]
+EptFaultCall = Callable[[int, Words], Words]
 """``(time_ps, gpfns int64[n], write uint8[n]) -> cost_ps int64[n]``: the `EptFault` hypercall."""
 
 MIGRATE_BATCH = 512
@@ -269,7 +269,7 @@ class GuestView(Copies):
         machine = self._machine
         missing = frames[(machine.ept[frames] & PRESENT) == 0]
         if missing.size:
-            cost = self._ept_fault(self.now, missing, np.ones(missing.size, np.uint8))
+            cost = self._ept_fault(self.now, missing)
             self.meter.wait(int(take_violations(machine, self.flush.vcpu, self.now, missing, cost)))
 
     def log_promotions(self, times_ps: Words, pages: Words) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from guestd.errors import RefusedByHost, UnexpectedMessage
 from proto import codec
+from proto.arrays import Words
 from proto.messages import VERSION, EptFault, Hello, Mapped, Message, Refused, Stop, ToGuest, Welcome
 
 _SUB_BITS = 4
@@ -59,15 +59,13 @@ class Hypercalls:
             raise UnexpectedMessage(f"the host answered hello with {_tag(welcome)}")
         return welcome
 
-    def ept_fault(
-        self, time_ps: int, gpfns: npt.NDArray[np.int64], write: npt.NDArray[np.uint8]
-    ) -> npt.NDArray[np.int64]:
-        """EPT violations at ``time_ps``: gpfns int64[n], write uint8[n]; what each cost its vCPU in ps, int64[n].
+    def ept_fault(self, time_ps: int, gpfns: Words, last: bool) -> tuple[Words, bool]:
+        """EPT violations of gpfns (int64[n]): what each cost its vCPU in ps (int64[n]), and `Mapped.waits`.
 
-        A stop that crosses the fault on its way is kept for the barrier. Raises as `hear`.
+        ``last``: as in `EptFault`. A stop that crosses the fault on its way is kept for the barrier. Raises as `hear`.
         """
         start_ns = time.perf_counter_ns()
-        self.say(EptFault(time_ps=time_ps, gpfns=gpfns.astype("<i8").tobytes(), write=write.astype(np.uint8).tobytes()))
+        self.say(EptFault(time_ps=time_ps, gpfns=gpfns.astype("<i8").tobytes(), last=last))
         answer = self.hear()
         if isinstance(answer, Stop):
             self.stop = answer
@@ -75,7 +73,7 @@ class Hypercalls:
         if not isinstance(answer, Mapped) or len(answer.cost_ps) != 8 * len(gpfns):
             raise UnexpectedMessage(f"the host answered {len(gpfns)} EPT faults with {_tag(answer)}")
         self._rtt_ns[_bucket(time.perf_counter_ns() - start_ns)] += 1
-        return np.frombuffer(answer.cost_ps, "<i8").astype(np.int64)
+        return np.frombuffer(answer.cost_ps, "<i8").astype(np.int64), answer.waits
 
     def report(self) -> dict[str, object]:
         """`hypercalls` of summary.json: counts by name, round trips of EPT faults in us."""

@@ -18,7 +18,19 @@ from guestd.mmu_lock import hold, wait_for
 from guestd.near_memory import copy_page
 from guestd.pml import P_ON as PML_ON
 from guestd.pml import flush_log, has_dirty, take_dirty
-from guestd.vcpu import EXIT_END, EXIT_START, FLUSH_AT_ENTRY, HOST_TASK, IDLE, KICK, OFF_PCPU, PML_FULL, spend
+from guestd.vcpu import (
+    CLOCK,
+    EXIT_END,
+    EXIT_START,
+    FLUSH_AT_ENTRY,
+    HOST_TASK,
+    IDLE,
+    KICK,
+    OFF_PCPU,
+    PAUSED,
+    PML_FULL,
+    spend,
+)
 from guestd.walk import COST_MASK, REFS_SHIFT
 from proto.arrays import Words
 from proto.counters import C
@@ -58,6 +70,15 @@ def vm_exit(m: Machine, vcpu: int, start_ps: int, duration_ps: int) -> int:
         duration_ps += flush_log(m.pml, vcpu)
     leave_guest(m.vcpus.field[vcpu], start_ps, duration_ps)
     return duration_ps
+
+
+@kernel
+def wait_for_frames(m: Machine, until: int) -> None:
+    """The whole VM is out of guest mode until ``until``: the host has no frame for one of its faults."""
+    for vcpu in range(m.vcpus.field.shape[0]):
+        field = m.vcpus.field[vcpu]
+        if field[IDLE] == 0 and field[CLOCK] < until:
+            spend(m.vcpus, vcpu, PAUSED, vm_exit(m, vcpu, field[CLOCK], until - field[CLOCK]))
 
 
 @kernel

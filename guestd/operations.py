@@ -4,13 +4,18 @@ The host says at each barrier what its threads do in the quantum to come. The gu
 under way at most (`guestd.guest_copy`), which may last beyond the barrier.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
-from guestd.guest_view import EptFaultCall
+from guestd.errors import GuestError
 from guestd.machine import S
-from proto.arrays import Bytes, Words
+from proto.arrays import Words
 from proto.layout import OP_TRANSACTION_BEGIN, OPERATION
+
+EptFaultCall = Callable[[int, Words, bool], tuple[Words, bool]]
+"""The hypercall: (time ps, gPA frames int64[n], `EptFault.last`) -> (cost ps int64[n], `Mapped.waits`)."""
 
 
 class Operations:
@@ -37,14 +42,21 @@ class Operations:
         left = self._left()
         self._merge(left[left["kind"] < OP_TRANSACTION_BEGIN], operations)
 
-    def ept_fault(self, time_ps: int, gpfns: Words, write: Bytes) -> Words:
+    def page_fault(self, time_ps: int, gpfns: Words, *, last: bool = False) -> tuple[Words, bool]:
         """The hypercall. The host takes what it had planned for before ``time_ps`` for done: that is not quite so.
 
         An operation may wait for mmu_lock, and a vCPU's clock may be past the end of its slice.
         """
         left = self._left()
         planned = left["time_ps"][left["kind"] < OP_TRANSACTION_BEGIN]
-        return self._ept_fault(min(time_ps, int(planned[0])) if planned.size else time_ps, gpfns, write)
+        return self._ept_fault(min(time_ps, int(planned[0])) if planned.size else time_ps, gpfns, last)
+
+    def ept_fault(self, time_ps: int, gpfns: Words) -> Words:
+        """`page_fault` of a kernel that cannot wait: cost of each, ps (int64[n]). Raises GuestError if it has to."""
+        cost, waits = self.page_fault(time_ps, gpfns)
+        if waits:
+            raise GuestError("the host has no frame left for memory that the guest's kernel needs at once")
+        return cost
 
     def _left(self) -> npt.NDArray[np.void]:
         return self.pending[self._state[S.OPERATION] :]

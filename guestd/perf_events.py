@@ -67,7 +67,7 @@ class PerfEvents:
         """EPT violations of the buffer of ``vcpu``, on its time."""
         if gpfns.size:
             machine = self._machine
-            cost = self._ept_fault(now_ps, gpfns, np.ones(gpfns.size, np.uint8))
+            cost = self._ept_fault(now_ps, gpfns)
             book(machine.vcpus, vcpu, EPT_REFAULT, int(take_violations(machine, vcpu, now_ps, gpfns, cost)))
 
     def _hold(self, vcpu: int, gpfns: Words) -> None:

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import zmq
 
 from guestd import ledger
 from guestd.errors import GuestError, UnexpectedMessage
 from guestd.hypercall import Hypercalls
+from guestd.operations import EptFaultCall
 from guestd.threads import OsThreads, Threads
 from proto import clocks, transport
 from proto.config import GuestConfig
@@ -29,8 +28,6 @@ from proto.layout import VmMemory
 from proto.log import LineLog
 from proto.messages import Advance, Bye, Failed, Stop, Tick
 from proto.process import close_inherited, die_with_parent, hide_memory, ignore_group, set_title
-
-EptFaultCall = Callable[[int, npt.NDArray[np.int64], npt.NDArray[np.uint8]], npt.NDArray[np.int64]]
 
 
 class Guest(Protocol):

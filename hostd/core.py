@@ -104,10 +104,11 @@ class HostCore:
         # A VM that is told to stop while it waits at the barrier may still read all its memory, to check it.
         if vm not in self._running or (vm in self._ticked and not self._stopping):
             raise RefusedMessage("an EPT fault outside a quantum")
-        if len(message.gpfns) % 8 or len(message.write) != len(message.gpfns) // 8:
-            raise RefusedMessage("gpfns must be int64[n] and write uint8[n]")
-        cost = self.vms[vm].ept_fault(message.time_ps, np.frombuffer(message.gpfns, np.int64))
-        return Mapped(cost_ps=cost.tobytes())
+        if len(message.gpfns) % 8:
+            raise RefusedMessage("gpfns must be int64[n]")
+        mine = self.vms[vm]
+        cost = mine.ept_fault(message.time_ps, np.frombuffer(message.gpfns, np.int64), last=message.last)
+        return Mapped(cost_ps=cost.tobytes(), waits=mine.waiting.size > 0)
 
     def _tick(self, vm: int, message: Tick) -> Out:
         if vm not in self._running or vm in self._ticked or message.time_ps != self._until_ps:

@@ -14,7 +14,7 @@ import numpy as np
 from guestd.events import EventLog
 from guestd.jit import int64
 from guestd.meter import Meter, metered
-from guestd.mm.nodes import F_BUSY, FAST, Nodes, give_all_free, give_free
+from guestd.mm.nodes import F_BUSY, F_LRU, FAST, Nodes, give_all_free, give_free, lru_remove
 from guestd.tiering.pages import Pdes, expand, frame_of
 from guestd.tiering.radix import ept_radix
 from guestd.tiering.view import PageView
@@ -92,6 +92,19 @@ def _move_now(ept: Words, stamps: Words, nodes: Nodes, pages: Words, frames: Wor
         give_free(nodes, frames[i])
 
 
+@metered
+def _give_unmapped(ept: Words, nodes: Nodes) -> None:
+    """Free the busy frames that no EPT entry has."""
+    for entry in ept:
+        if (entry & WRITABLE) != 0:
+            nodes.flags[frame_of(entry)] &= ~F_BUSY
+    for frame in range(nodes.flags.size):
+        if (nodes.flags[frame] & F_BUSY) != 0:
+            if (nodes.flags[frame] & F_LRU) != 0:
+                lru_remove(nodes, frame)
+            give_free(nodes, frame)
+
+
 def _in_order(operations: Operations) -> Operations:
     """Stably sorted by time."""
     return operations[np.argsort(operations["time_ps"], kind="stable")]
@@ -167,6 +180,12 @@ class HostView(PageView):
             if done < times.size:
                 left.append((times[done:], frames[done:], targets[done:]))
         self._moving = left
+
+    def call_off(self) -> None:
+        """The VM executes no operation any more: frames that only moves under way hold are free."""
+        _give_unmapped(self.meter.book, self._table, self.nodes)
+        self._moving.clear()
+        self.operations.clear()
 
     def free(self, node: int) -> int:
         """Free frames of a node, those among them that moves under way are about to leave."""

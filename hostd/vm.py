@@ -82,6 +82,8 @@ class Vm:
         self._next_task_vcpu = 0
         self._tick_ps = PS_PER_S // config.kernel.hz
         self._next_tick_ps = config.start_ps + self._tick_ps
+        self.waiting: Words = np.zeros(0, np.int64)
+        """gPA frames of a fault that found no frame free: mapped at a barrier, before anything else; the VM waits."""
         self.until_ps = 0
         """End of the quantum that the VM is in."""
         self._scan_list: Words = np.zeros((0, 2), np.int64)
@@ -133,6 +135,12 @@ class Vm:
         self._map(gpfns)
         return gpfns.size
 
+    def _price(self, gpfns: Words) -> Words:
+        """What an EPT violation of each (int64[n]) costs that takes a frame, ps."""
+        costs = self.config.costs
+        away = self.swap.away[gpfns] if self.swap is not None else np.zeros(gpfns.size, np.uint8)
+        return np.where(away != 0, costs.swap_in_ps, costs.ept_violation_alloc_ps).astype(np.int64)
+
     def _map(self, gpfns: Words) -> tuple[Words, Words]:
         """Serve EPT violations: (cost of each, ps; which of them, by index, are hint faults)."""
         costs, swap, none = self.config.costs, self.swap, np.zeros(0, np.int64)
@@ -170,8 +178,12 @@ class Vm:
         away = int(self.swap.away.sum()) if self.swap is not None else 0
         return int(_count_touched(self.memory.ept, self.memory.stamps)) + away
 
-    def ept_fault(self, time_ps: int, gpfns: Words) -> Words:
-        """Serve EPT violations (int64[n]); cost of each in ps. Raises RefusedMessage, having changed nothing."""
+    def ept_fault(self, time_ps: int, gpfns: Words, *, last: bool = False) -> Words:
+        """Serve EPT violations (int64[n]); cost of each in ps. Raises RefusedMessage, having changed nothing.
+
+        What finds the pool exhausted only because moves under way hold their frames twice is left `waiting`. ``last``:
+        the VM executes no operation any more, so those moves are off.
+        """
         began = time.thread_time_ns()
         time_ps = min(time_ps, self.until_ps)
         limit = self.config.total_pages if self.flat else gpa_pages(self.config.total_pages)
@@ -181,13 +193,23 @@ class Vm:
             raise RefusedMessage("a gPA frame is named twice")
         if self.flat:
             self.view.settle(time_ps)
-        fresh = gpfns[(self.memory.ept[gpfns] & BACKED) == 0]
-        half = self.config.total_pages
-        need = (fresh.size, 0) if self.flat else (int((fresh < half).sum()), int((fresh >= half).sum()))
-        free = self.nodes.free_count
-        if (sum(need) > int(free.sum())) if self.flat else (need[0] > free[0] or need[1] > free[1]):
-            raise RefusedMessage("no frame left in this VM's share; a guest may use what it was given")
-        cost, hints = self._map(gpfns)
+        backed = (self.memory.ept[gpfns] & BACKED) != 0
+        if last:
+            self.waiting = gpfns[:0]
+        if self._lacks(gpfns[~backed]):
+            used = int(np.count_nonzero(self.memory.ept & BACKED))
+            if not self.flat or gpfns.size - int(backed.sum()) > int(self.nodes.managed.sum()) - used:
+                raise RefusedMessage("no frame left in this VM's share; a guest may use what it was given")
+            if last:
+                self.view.call_off()
+            else:
+                self.waiting = np.union1d(self.waiting, gpfns[~backed])
+        if self.waiting.size:
+            cost = self._price(gpfns)
+            cost[backed], hinted = self._map(gpfns[backed])
+            hints = np.flatnonzero(backed)[hinted]
+        else:
+            cost, hints = self._map(gpfns)
         if hints.size:
             self.meter.now = time_ps
             self.view.faulting = self.view.heads(gpfns)
@@ -196,6 +218,21 @@ class Vm:
             cost[hints] += extra
         self.cpu_ns += time.thread_time_ns() - began
         return cost
+
+    def _lacks(self, fresh: Words) -> bool:
+        """Whether there are too few frames free to back gPA frames (int64[n])."""
+        fast, slow = (int(free) for free in self.nodes.free_count)
+        if self.flat:
+            return fresh.size > fast + slow
+        on_fast = int((fresh < self.config.total_pages).sum())
+        return on_fast > fast or fresh.size - on_fast > slow
+
+    def _serve_waiting(self) -> None:
+        """Frames that moves have left go to those who wait; the price was paid at the fault."""
+        served = min(self.waiting.size, int(self.nodes.free_count.sum()))
+        if served:
+            self._map(self.waiting[:served])
+            self.waiting = self.waiting[served:]
 
     def prepare(self, now_ps: int, until_ps: int) -> bytes:
         """Run the host's threads for the coming quantum; the operations that the VM executes in it (`OPERATION`s)."""
@@ -256,6 +293,7 @@ class Vm:
     def _manage(self, now_ps: int, until_ps: int) -> None:
         """Host-side tiering for the coming quantum."""
         self.view.settle(now_ps)
+        self._serve_waiting()
         while True:
             timer = self._timers[0][0] if self._timers else until_ps
             due = min(timer, self._next_tick_ps)

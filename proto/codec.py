@@ -15,6 +15,7 @@ from proto.errors import DecodeError, SizeError, VersionError
 from proto.layout import OPERATION
 from proto.messages import (
     MAX_MESSAGE,
+    MAX_TO_GUEST,
     VERSION,
     Advance,
     Bye,
@@ -48,24 +49,25 @@ _json = msgspec.json.Decoder(dict[str, object])
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of a message. Raises SizeError if they are more than `MAX_MESSAGE`."""
+    """The bytes of a message. Raises SizeError if they are more than a message to its receiver may have."""
     data = _encoder.encode(message)
-    if len(data) > MAX_MESSAGE:
+    most = MAX_TO_GUEST if isinstance(message, ToGuest) else MAX_MESSAGE
+    if len(data) > most:
         name = type(message).__name__
-        raise SizeError(f"{name} of {len(data)} bytes is longer than the {MAX_MESSAGE} of a message; split the batch")
+        raise SizeError(f"{name} of {len(data)} bytes is longer than the {most} of a message; split the batch")
     return data
 
 
 def decode_to_host(data: bytes) -> ToHost:
     """A guest's message. Raises DecodeError, VersionError."""
-    message = _decode(data, _to_host)
+    message = _decode(data, _to_host, MAX_MESSAGE)
     _check_to_host(message)
     return message
 
 
 def decode_to_guest(data: bytes) -> ToGuest:
     """The host's message. Raises DecodeError, VersionError."""
-    message = _decode(data, _to_guest)
+    message = _decode(data, _to_guest, MAX_TO_GUEST)
     if isinstance(message, Advance):
         _whole(message.operations, OPERATION.itemsize, "operations")
     elif isinstance(message, Mapped):
@@ -73,9 +75,9 @@ def decode_to_guest(data: bytes) -> ToGuest:
     return message
 
 
-def _decode(data: bytes, decoder: "msgspec.msgpack.Decoder[_M]") -> _M:
-    if len(data) > MAX_MESSAGE:
-        raise DecodeError(f"{len(data)} bytes are more than the {MAX_MESSAGE} of a message")
+def _decode(data: bytes, decoder: "msgspec.msgpack.Decoder[_M]", most: int) -> _M:
+    if len(data) > most:
+        raise DecodeError(f"{len(data)} bytes are more than the {most} of a message")
     try:
         message = decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -103,7 +105,6 @@ def _check_to_host(message: ToHost) -> None:
         case EptFault():
             _time(message.time_ps)
             _whole(message.gpfns, _WORD, "gpfns")
-            _length(message.write, len(message.gpfns) // _WORD, "write")
         case Tick():
             _time(message.time_ps)
             _length(message.counters, COUNTERS * _WORD, "counters")

@@ -139,7 +139,7 @@ class C(IntEnum):
     time__host_task_ps = auto()
     """The vCPU's thread works for the host before it enters the guest again."""
     time__paused_ps = auto()
-    """Stopped with the whole VM, while the host rewrites its EPT."""
+    """Stopped with the whole VM, while the host rewrites its EPT, or has no frame for one of its faults."""
     time__preempted_ps = auto()
     """Others run on the vCPU's pCPU."""
     time__interrupt_ps = auto()

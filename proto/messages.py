@@ -13,7 +13,9 @@ from proto.config import GuestConfig
 
 VERSION = 1
 MAX_MESSAGE = 1 << 20
-"""Longest message in bytes, either way."""
+"""Longest message to the host, whom a guest may not exhaust; bytes."""
+MAX_TO_GUEST = 1 << 28
+"""Longest message to a guest: room for the largest batch that a policy may move in one pause; bytes."""
 
 MOST_RANGES = 1 << 14
 """Most ranges of a list for the host to scan."""
@@ -40,11 +42,12 @@ class Hello(Message, tag="hello", frozen=True):
 
 
 class EptFault(Message, tag="ept_fault", frozen=True):
-    """Guest to host: EPT violations of one vCPU at ``time_ps``. ``gpfns``: int64[n]; ``write``: uint8[n]."""
+    """Guest to host: EPT violations of one vCPU at ``time_ps``. ``gpfns``: int64[n]."""
 
     time_ps: Time
     gpfns: Array
-    write: Array
+    last: bool = False
+    """The VM has executed its last operation, and only wants to see all of its memory."""
 
 
 class Tick(Message, tag="tick", frozen=True):
@@ -88,6 +91,8 @@ class Mapped(Message, tag="mapped", frozen=True):
     """Host to guest, answer to `EptFault`: ``cost_ps``: int64[n], what each violation cost its vCPU."""
 
     cost_ps: Array
+    waits: bool = False
+    """There is no frame left until moves under way leave theirs: the VM waits for a barrier that finds all mapped."""
 
 
 class Advance(Message, tag="advance", frozen=True):
@@ -100,7 +105,7 @@ class Advance(Message, tag="advance", frozen=True):
     """Bytes that this VM may move in the quantum: fast read, slow read, fast write, slow write."""
     llc_bytes: Annotated[int, Meta(ge=0)]
     """This VM's share of the host's last-level cache in the quantum."""
-    operations: Array
+    operations: Annotated[bytes, Meta(max_length=MAX_TO_GUEST - 4096)]
     """`proto.layout.OPERATION` records in order of time: what host threads do to this VM in the quantum."""
     scanned: Annotated[bytes, Meta(max_length=MOST_LISTED // 8)] = b""
     """A bit for each page of `Tick.scan_list`, in its order, the lowest of a byte first: it was accessed."""

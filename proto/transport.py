@@ -20,7 +20,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from proto.errors import EndpointError
-from proto.messages import MAX_MESSAGE
+from proto.messages import MAX_MESSAGE, MAX_TO_GUEST
 
 MAX_SOCKET_PATH = 107
 """sockaddr_un.sun_path, without the final zero (unix(7))."""
@@ -71,7 +71,7 @@ def bind_host(
     if kind not in ("ipc", "tcp"):
         raise EndpointError(f"endpoint {kind!r} is not known; choose ipc or tcp")
     socket = context.socket(zmq.ROUTER)
-    _bound(socket)
+    _bound(socket, MAX_MESSAGE)
     # A message to a peer that is gone is an error here and not a silent loss.
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     server_key = b""
@@ -95,10 +95,10 @@ def bind_host(
 def connect_guest(context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str, server_key: bytes) -> "zmq.Socket[bytes]":
     """A guest's DEALER, connected (in the background) to the host's endpoint."""
     socket = context.socket(zmq.DEALER)
-    _bound(socket)
+    _bound(socket, MAX_TO_GUEST)
     if server_key:
         public_key, secret_key = zmq.curve_keypair()
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE + _CURVE_OVERHEAD)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_TO_GUEST + _CURVE_OVERHEAD)
         socket.setsockopt(zmq.CURVE_SERVERKEY, server_key)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, public_key)
         socket.setsockopt(zmq.CURVE_SECRETKEY, secret_key)
@@ -106,8 +106,8 @@ def connect_guest(context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str, serv
     return socket
 
 
-def _bound(socket: "zmq.Socket[bytes]") -> None:
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
+def _bound(socket: "zmq.Socket[bytes]", longest: int) -> None:
+    socket.setsockopt(zmq.MAXMSGSIZE, longest)
     socket.setsockopt(zmq.SNDHWM, _HIGH_WATER)
     socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
     socket.setsockopt(zmq.LINGER, _LINGER_MS)

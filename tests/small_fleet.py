@@ -143,7 +143,7 @@ def check_memory(fleet: InProcessFleet) -> None:
         ept = machine.ept
         gpfns = np.flatnonzero(ept & WRITABLE)
         slots = (ept[gpfns] & FRAME_MASK) >> FRAME_SHIFT
-        assert set(frames) | set(kernel) <= set(gpfns)
+        assert set(frames) | set(kernel) <= set(gpfns) | set(host.waiting)
         # A page that a host thread is moving has two frames until the move is settled.
         busy = np.flatnonzero(host.nodes.flags & F_BUSY)
         share = host.view.share if isinstance(host.view, FlatMemory) else None

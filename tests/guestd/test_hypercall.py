@@ -23,7 +23,6 @@ class Wire:
 
 
 GPFNS = np.array([5, 9, 5_000_000_000], np.int64)
-WRITE = np.array([0, 1, 1], np.uint8)
 COSTS = np.array([10, 20, 30], np.int64)
 
 
@@ -35,34 +34,35 @@ def test_messages_are_numbered_by_the_caller() -> None:
 
 
 def test_a_fault_carries_its_arrays_there_and_back() -> None:
-    wire = Wire(Mapped(cost_ps=COSTS.tobytes()))
-    costs = wire.calls.ept_fault(77, GPFNS, WRITE)
+    wire = Wire(Mapped(cost_ps=COSTS.tobytes(), waits=True))
+    costs, waits = wire.calls.ept_fault(77, GPFNS, True)
     assert costs.tolist() == COSTS.tolist()
     costs[0] += 1  # the engine's own, to be written to
     fault = wire.heard[0]
     assert isinstance(fault, EptFault)
     assert fault.time_ps == 77
     assert np.frombuffer(fault.gpfns, np.int64).tolist() == GPFNS.tolist()
-    assert list(fault.write) == WRITE.tolist()
+    assert fault.last
+    assert waits
 
 
 def test_a_stop_that_crosses_a_fault_waits_for_the_barrier() -> None:
     wire = Wire(Stop(reason="enough"), Mapped(cost_ps=COSTS.tobytes()))
     assert wire.calls.stop is None
-    assert wire.calls.ept_fault(1, GPFNS, WRITE).tolist() == COSTS.tolist()
+    assert wire.calls.ept_fault(1, GPFNS, False)[0].tolist() == COSTS.tolist()
     assert wire.calls.stop is not None
     assert wire.calls.stop.reason == "enough"
 
 
 def test_a_refusal_is_an_error_with_its_reason() -> None:
     with pytest.raises(RefusedByHost, match="not today"):
-        Wire(Refused(reason="not today")).calls.ept_fault(1, GPFNS, WRITE)
+        Wire(Refused(reason="not today")).calls.ept_fault(1, GPFNS, False)
 
 
 @pytest.mark.parametrize("answer", [Mapped(cost_ps=COSTS[:2].tobytes()), Stop(reason="x")], ids=["short", "stop"])
 def test_an_answer_that_does_not_fit_is_an_error(answer: ToGuest) -> None:
     with pytest.raises(UnexpectedMessage, match="3 EPT faults"):
-        Wire(*(answer, answer)[: 1 + isinstance(answer, Stop)]).calls.ept_fault(1, GPFNS, WRITE)
+        Wire(*(answer, answer)[: 1 + isinstance(answer, Stop)]).calls.ept_fault(1, GPFNS, False)
 
 
 def test_a_gap_in_the_hosts_numbers_is_an_error() -> None:
@@ -78,7 +78,7 @@ def test_hello_wants_a_welcome() -> None:
 def test_the_report_counts_by_name_and_times_the_round_trips() -> None:
     wire = Wire(*[Mapped(cost_ps=COSTS.tobytes())] * 50)
     for _ in range(50):
-        wire.calls.ept_fault(1, GPFNS, WRITE)
+        wire.calls.ept_fault(1, GPFNS, False)
     report = wire.calls.report()
     assert report["count"] == {"ept_fault": 50}
     rtt = report["rtt_us"]

@@ -40,7 +40,7 @@ NO_CPU: dict[str, Any] = {"total_s": 0.0, "by_vm": {}}
 
 
 def fault(gpfns: list[int], time_ps: int = 0) -> EptFault:
-    return EptFault(time_ps=time_ps, gpfns=np.array(gpfns, np.int64).tobytes(), write=bytes(len(gpfns)))
+    return EptFault(time_ps=time_ps, gpfns=np.array(gpfns, np.int64).tobytes())
 
 
 def tick(time_ps: int, phase: str = "run", demand: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tick:
@@ -142,8 +142,7 @@ REFUSED: dict[str, Callable[[], ToHost]] = {
     "a frame beyond int32": lambda: fault([1 << 40]),
     "a frame named twice": lambda: fault([300, 300]),
     "more than the VM's share": lambda: fault(list(range(PAGES))),
-    "frames that are no whole number of words": lambda: EptFault(time_ps=0, gpfns=bytes(9), write=bytes(1)),
-    "too few write flags": lambda: EptFault(time_ps=0, gpfns=bytes(16), write=bytes(1)),
+    "frames that are no whole number of words": lambda: EptFault(time_ps=0, gpfns=bytes(9)),
     "a tick of the past": lambda: tick(QUANTUM - 1),
     "a tick of the future": lambda: tick(2 * QUANTUM),
     "too few counters": lambda: msgspec.structs.replace(tick(QUANTUM), counters=bytes(8 * COUNTERS - 8)),

@@ -97,8 +97,9 @@ class Guest(Client):
         advance = self.calls.hear()
         assert isinstance(advance, Advance)
         free = int(np.flatnonzero(self.memory.ept == 0)[0])
-        cost = self.calls.ept_fault(advance.until_ps, np.array([free], np.int64), np.ones(1, np.uint8))
+        cost, waits = self.calls.ept_fault(advance.until_ps, np.array([free], np.int64), False)
         assert cost[0] > 0
+        assert not waits
         assert self.memory.ept[free] != 0
         self.calls.say(
             Tick(
@@ -254,7 +255,7 @@ def test_a_run_from_hello_to_bye(running: tuple[Fleet, Guest, Guest]) -> None:
 
 def test_a_liar_is_refused_counted_and_changes_nothing(running: tuple[Fleet, Guest, Guest]) -> None:
     fleet, one, other = running
-    fault = EptFault(time_ps=1, gpfns=bytes(8), write=b"\0")
+    fault = EptFault(time_ps=1, gpfns=bytes(8))
     liar, claimer = fleet.stranger(one.said), fleet.stranger(one.said, b"vm0")
     hello = Hello(vm=0, secret=one.said.secret, pid=1)
     version = msgpack.packb(msgpack.unpackb(codec.encode(fault)) | {"v": VERSION + 1})
@@ -298,7 +299,7 @@ def test_a_replayed_message_of_a_guest_is_refused(running: tuple[Fleet, Guest, G
     fleet, one, other = running
     advance = one.calls.hear()
     assert isinstance(advance, Advance)
-    fault = EptFault(seq=1, time_ps=1, gpfns=np.array([3], "<i8").tobytes(), write=b"\1")
+    fault = EptFault(seq=1, time_ps=1, gpfns=np.array([3], "<i8").tobytes())
     one.dealer.send(codec.encode(fault))
     assert isinstance(one.answer(), Mapped)
     entry = int(one.memory.ept[3])

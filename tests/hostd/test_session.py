@@ -111,7 +111,7 @@ def _tick(time_ps: int = QUANTUM_PS, phase: str = "run") -> Tick:
 
 
 def _fault(*gpfns: int) -> EptFault:
-    return EptFault(time_ps=5, gpfns=np.array(gpfns, "<i8").tobytes(), write=bytes(len(gpfns)))
+    return EptFault(time_ps=5, gpfns=np.array(gpfns, "<i8").tobytes())
 
 
 def _messages(step: Step, routing_id: bytes) -> list[ToGuest]:

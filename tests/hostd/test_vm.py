@@ -210,6 +210,45 @@ def test_a_fault_finds_the_frames_that_moves_before_it_have_left(costs: Costs) -
     assert vm.used() == (before[FAST] - middle, before[SLOW])
 
 
+def held_twice(costs: Costs) -> tuple[Vm, Words, Words]:
+    """A VM of which all pages but 200 are backed and all other frames hold a copy ahead; those pages and frames."""
+    vm = new_vm(costs, "h-tpp")
+    vm.ept_fault(0, np.arange(PAGES - 200))
+    held = [vm.view.copy_ahead(vm.view.on_node(0, PAGES, 1 - node, PAGES), node, 0) for node in (FAST, SLOW)]
+    pages, frames = (np.concatenate(part) for part in zip(*held, strict=True))
+    assert vm.nodes.free_count.sum() == 0
+    assert pages.size == 200
+    vm.view.take_operations(1 << 60)
+    return vm, pages, frames.astype(np.int64)
+
+
+def test_a_fault_that_finds_every_frame_held_twice_waits_for_the_barrier_that_has_one(costs: Costs) -> None:
+    vm, pages, frames = held_twice(costs)
+    late = np.array([PAGES - 1, PAGES - 7])
+    both = np.concatenate([late, [3]])
+    assert vm.ept_fault(0, both).tolist() == [costs.ept_violation_alloc_ps] * 2 + [costs.ept_violation_ps]
+    assert vm.waiting.tolist() == sorted(late)
+    vm.prepare(0, PS_PER_MS)
+    assert not (vm.memory.ept[late] & PRESENT).any()
+    # A switch leaves one frame: who waits gets it before tiering does.
+    vm.view.switch(pages[:1], frames[:1].astype(np.int32), np.zeros(1, np.bool_))
+    vm.prepare(vm.view.now + 1, vm.view.now + PS_PER_MS)
+    assert vm.waiting.tolist() == [PAGES - 1]
+    assert np.flatnonzero(vm.memory.ept[late] & PRESENT).tolist() == [1]
+    assert vm.nodes.free_count.sum() == 0
+
+
+def test_what_a_vm_reads_last_calls_off_the_moves_under_way(costs: Costs) -> None:
+    vm, _, _ = held_twice(costs)
+    vm.ept_fault(0, np.array([PAGES - 1]))
+    vm.ept_fault(0, np.arange(PAGES - 200, PAGES), last=True)
+    assert vm.waiting.size == 0
+    assert (vm.memory.ept[:PAGES] & PRESENT).all()
+    assert np.unique(slots(vm, np.arange(PAGES))).size == PAGES
+    assert vm.nodes.free_count.sum() == 0
+    assert vm.view.take_operations(1 << 60) == b""
+
+
 def test_each_young_page_that_is_aged_costs_a_request_and_pages_that_are_not_cost_none(costs: Costs) -> None:
     vm = new_vm(costs, "h-tpp")
     gpfns = np.arange(PAGES - 200)

@@ -41,13 +41,13 @@ TICK = Tick(
 )
 TO_HOST: list[Message] = [
     Hello(vm=1, secret=bytes(range(32)), pid=4),
-    EptFault(seq=1, time_ps=7, gpfns=np.arange(3, dtype="<i8").tobytes(), write=b"\0\1\0"),
+    EptFault(seq=1, time_ps=7, gpfns=np.arange(3, dtype="<i8").tobytes(), last=True),
     TICK,
     Bye(seq=4, report=b'{"id": 1}'),
     Failed(seq=5, kind="oom", message="out of memory"),
 ]
 TO_GUEST: list[Message] = [
-    Mapped(cost_ps=np.arange(3, dtype="<i8").tobytes()),
+    Mapped(cost_ps=np.arange(3, dtype="<i8").tobytes(), waits=True),
     Advance(
         seq=2,
         until_ps=9,
@@ -99,6 +99,15 @@ def test_a_message_over_the_bound_is_not_written() -> None:
         codec.encode(Failed(kind="x", message="y" * (MAX_MESSAGE + 1)))
 
 
+def test_a_guest_takes_longer_messages_than_a_host() -> None:
+    advance = TO_GUEST[1]
+    assert isinstance(advance, Advance)
+    longer = msgspec.structs.replace(advance, operations=np.zeros(MAX_MESSAGE // 32, OPERATION).tobytes())
+    assert codec.decode_to_guest(codec.encode(longer)) == longer
+    with pytest.raises(DecodeError, match=f"{MAX_MESSAGE} of a message"):
+        codec.decode_to_host(codec.encode(longer))
+
+
 @pytest.mark.parametrize("message", TO_GUEST, ids=lambda m: type(m).__name__)
 def test_the_wrong_direction_is_refused(message: Message) -> None:
     with pytest.raises(DecodeError):
@@ -125,8 +134,7 @@ def test_another_version_is_told_apart_from_garbage(version: int) -> None:
         msgspec.structs.replace(TICK, bandwidth_demand=bytes(40)),
         msgspec.structs.replace(TICK, scan_list=bytes(24)),
         msgspec.structs.replace(TICK, scan_list=bytes(16 * MOST_RANGES + 16)),
-        EptFault(time_ps=0, gpfns=bytes(12), write=b"\0"),
-        EptFault(time_ps=0, gpfns=bytes(16), write=b"\0"),
+        EptFault(time_ps=0, gpfns=bytes(12)),
         Hello(vm=-1, secret=bytes(32), pid=1),
         Hello(vm=1, secret=bytes(31), pid=1),
         Failed(kind="k" * 65, message=""),

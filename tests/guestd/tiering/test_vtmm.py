@@ -14,6 +14,7 @@ from guestd.tiering import vtmm
 from guestd.tiering.policy import with_needs
 from guestd.tiering.stage import Evidence, Staged
 from guestd.tiering.vtmm import BUCKETS, POLICY
+from guestd.vcpu import PAUSED
 from hostd.vm import Vm
 from proto.arrays import Words
 from proto.config import HostKernel, Scalar
@@ -167,10 +168,15 @@ def test_the_parameters_are_the_paper_s_where_it_names_them() -> None:
     assert BUCKETS >= 64
 
 
-def run(costs: Costs, policy: str, params: dict[str, Scalar]) -> dict[str, Any]:
-    guest = small_guest(costs, policy, params=params, run_ms=80)
+def new_fleet(costs: Costs, policy: str, params: dict[str, Scalar], **guest_options: Any) -> InProcessFleet:
+    """A guest whose quanta are of 1 ms, so that windows may be as short."""
+    guest = small_guest(costs, policy, params=params, **guest_options)
     guest = msgspec.structs.replace(guest, engine=msgspec.structs.replace(guest.engine, quantum_ps=PS_PER_MS))
-    fleet = InProcessFleet(msgspec.structs.replace(small_host(costs), engine=guest.engine), [guest])
+    return InProcessFleet(msgspec.structs.replace(small_host(costs), engine=guest.engine), [guest])
+
+
+def run(costs: Costs, policy: str, params: dict[str, Scalar]) -> dict[str, Any]:
+    fleet = new_fleet(costs, policy, params, run_ms=80)
     while fleet.step():
         if not fleet.guests[0].finished:
             check_memory(fleet)
@@ -190,3 +196,24 @@ def test_it_finds_the_hot_set_and_no_write_is_lost_under_copies(costs: Costs) ->
     pauses = found["kvm"]["exits"]["paused"] // 2
     assert found["kvm"]["remote_tlb_flush_requests"] <= 80 + 1 + pauses
     assert 0 < pauses <= 2 * (80 + 1)
+
+
+def test_a_fault_waits_for_a_frame_while_copies_hold_them_all(costs: Costs) -> None:
+    # It populates what is left while everything found so far is being copied.
+    params: dict[str, Scalar] = {"window_ms": 4, "windows": 1, "levels": 1, "copy_batch": 100_000}
+    fleet = new_fleet(costs, "vtmm", params, run_ms=20, workload={"footprint": 0.97})
+    vm, guest = fleet.host.vms[0], fleet.guests[0]
+    waited, stalled_ps = 0, 0
+    while fleet.step():
+        waits = vm.waiting.size > 0
+        if waits and not waited:
+            stalled_ps = int(guest.machine.vcpus.ledger[:, PAUSED].sum())
+        waited += waits
+        if not guest.finished:
+            check_memory(fleet)
+    assert waited > 0
+    assert stalled_ps > 0
+    assert fleet.host.failures == []
+    report = fleet.host.reports[0]
+    assert report["integrity"]["mismatches"] == 0
+    assert report["integrity"]["pages_checked"] > 0.96 * guest.config.total_pages
