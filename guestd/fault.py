@@ -101,6 +101,7 @@ class Faults(NamedTuple):
     """Accesses to look through at a time."""
     minor_fault_ps: int
     wp_fault_ps: int
+    swap_in_ps: int
     thp: Thp
     batch: Batch
 
@@ -114,7 +115,9 @@ def new_faults(config: GuestConfig, space: AddressSpace, nodes: Nodes, prefer: B
         kernel.thp_defrag == "always",
     )
     block = config.engine.block
-    return Faults(nodes, prefer, block, costs.minor_fault_ps, costs.wp_fault_ps, thp, new_batch(block))
+    return Faults(
+        nodes, prefer, block, costs.minor_fault_ps, costs.wp_fault_ps, costs.swap_in_ps, thp, new_batch(block)
+    )
 
 
 def new_batch(block: int) -> Batch:
@@ -213,13 +216,16 @@ def _charge_fault(m: Machine, vcpu: int, position: int, fault_ps: int, part: int
 
 @kernel
 def collect(m: Machine, vcpu: int, faults: Faults) -> None:
-    """Look through up to ``faults.block`` accesses of ``vcpu`` from its position on and gather their faults."""
+    """Look through up to ``faults.block`` accesses of ``vcpu`` from its position on and gather their faults.
+
+    Of swap-ins no more than a slice has time for: what they bring back is to be met before it is swapped out again.
+    """
     nodes, prefer, thp, batch = faults.nodes, faults.prefer, faults.thp, faults.batch
     vcpus, gpt, ept, upper = m.vcpus, m.gpt, m.ept, m.tables.upper
     start = vcpus.field[vcpu, POSITION]
     end = min(vcpus.field[vcpu, LENGTH], start + faults.block)
     batch.counts[:] = 0
-    ahead = hints = huge = 0
+    ahead = brought = hints = huge = 0
     last = end - 1
     for position in range(start, end):
         prefetch(gpt, vcpus.address[vcpu, min(position + 2 * _LEAD, last)] >> PAGE_SHIFT)
@@ -229,7 +235,7 @@ def collect(m: Machine, vcpu: int, faults: Faults) -> None:
         table = page >> TABLE_SHIFT
         entry = gpt[page]
         ahead += vcpus.think_ps[vcpu, position]
-        if ahead > LOOK_AHEAD_PS and position > start:
+        if (ahead > LOOK_AHEAD_PS or brought > m.state[S.SLICE_PS]) and position > start:
             end = position
             break
         # The books of a huge page are in its leaves, but what becomes of it is its own entry's business.
@@ -287,6 +293,8 @@ def collect(m: Machine, vcpu: int, faults: Faults) -> None:
             if not listed and not backed(ept, frame):
                 gpt[page] = entry | QUEUED
                 _list_gpfn(batch, frame, position, 1)
+                # It had a frame, or nobody could have mapped it.
+                brought += faults.swap_in_ps if (ept[frame] & WRITABLE) == 0 else 0
             elif position == start and (entry & WRITABLE) == 0 and writes:
                 # Only time takes the protection off, so that what comes after it is looked at then.
                 vcpus.retries[vcpu, position] += 1

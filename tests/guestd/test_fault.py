@@ -218,7 +218,7 @@ def test_a_batch_takes_as_many_huge_pages_as_it_has_room_for(costs: Costs) -> No
     tables = np.flatnonzero(space.whole_tables())[: HUGE_BATCH + 3]
     touch_pages(machine, 0, [int(table) * 512 + 5 for table in tables for _ in range(3)])
     batch = new_batch(8)
-    faults = Faults(guest.nodes, np.zeros(0, np.uint8), 64, 1, 2, Thp(space.whole_tables(), 7, False), batch)
+    faults = Faults(guest.nodes, np.zeros(0, np.uint8), 64, 1, 2, 3, Thp(space.whole_tables(), 7, False), batch)
     for already, expected in ((0, HUGE_BATCH), (HUGE_BATCH, 3)):
         collect(machine, 0, faults)
         mapped = np.flatnonzero(machine.tables.upper[: space.tables] & HUGE)
@@ -252,10 +252,28 @@ def test_a_protected_huge_page_is_one_hint_at_its_first_access(costs: Costs) -> 
     touch_pages(machine, 0, [int(heads[0]) + 9, int(heads[1]) + 1, int(heads[0]) + 8, int(heads[0])])
     batch = new_batch(8)
     thp = Thp(np.zeros(0, np.uint8), 7, False)
-    collect(machine, 0, Faults(guest.nodes, np.zeros(0, np.uint8), 8, 1, 2, thp, batch))
+    collect(machine, 0, Faults(guest.nodes, np.zeros(0, np.uint8), 8, 1, 2, 3, thp, batch))
     assert batch.hint_page[: batch.counts[0]].tolist() == heads.tolist()
     assert batch.hint_position[: batch.counts[0]].tolist() == [0, 1]
     assert not (machine.tables.upper & QUEUED).any() and not (machine.gpt & QUEUED).any()
     view.unprotect(heads)
     fleet.run()
     assert fleet.host.reports[0]["integrity"]["mismatches"] == 0
+
+
+@pytest.mark.parametrize(("away", "slices"), [(True, 1), (True, 3), (False, 1)], ids=["1", "3", "zapped"])
+def test_a_look_ahead_brings_back_from_swap_what_a_slice_has_time_for(away: bool, slices: int, costs: Costs) -> None:
+    fleet = start_fleet(guest_config(costs))
+    guest = fleet.guests[0]
+    while guest.phase == "populate":
+        assert fleet.step()
+    machine = guest.machine
+    pages = np.flatnonzero(machine.gpt & PRESENT)[:40]
+    gpfns = (machine.gpt[pages] & FRAME_MASK) >> FRAME_SHIFT
+    machine.ept[gpfns] &= 0 if away else ~PRESENT
+    machine.state[S.SLICE_PS] = 10 * slices
+    touch_pages(machine, 0, [int(page) for page in pages])
+    batch = new_batch(64)
+    thp = Thp(np.zeros(0, np.uint8), 7, False)
+    collect(machine, 0, Faults(guest.nodes, np.zeros(0, np.uint8), 64, 1, 2, 3, thp, batch))
+    assert batch.gpfn[: batch.counts[1]].tolist() == gpfns[: 10 * slices // 3 + 1 if away else None].tolist()
