@@ -237,7 +237,8 @@ def test_it_finds_the_pages_that_are_written_most(costs: Costs) -> None:
     assert found["integrity"]["mismatches"] == 0
     assert found["access"]["fast_ratio"] > 5 * none["access"]["fast_ratio"]
     assert found["transactions"] > none["transactions"]
-    assert found["migration"]["swapped_pairs"] == found["migration"]["promoted_pages"] > 100
+    moved = found["migration"]
+    assert moved["swapped_pairs"] == moved["promoted_pages"] == moved["demoted_pages"] > 100
     pauses = found["kvm"]["exits"]["paused"]
     assert 0 < pauses <= 2 * 24
     # One flush a scan that found anything, one a batch, on each of two vCPUs.

@@ -95,6 +95,17 @@ def test_without_the_filter_the_first_fault_promotes(costs: Costs) -> None:
     assert (populated.view.frames(pages) < PAGES).all()
 
 
+def test_what_was_just_found_accessed_is_not_given_up_from_the_other_list(populated: Populated) -> None:
+    fast = populated.pages(FAST, PAGES)
+    populated.fleet.guests[0].machine.gpt[fast] |= ACCESSED
+    assert isinstance(populated.tpp, Staged)
+    classifier = populated.tpp.classifier
+    assert classifier.demotions(fast.size).size == 0
+    assert populated.view.is_active(populated.view.frames(fast)).any()
+    cold = classifier.demotions(fast.size)
+    assert sorted(cold) == fast.tolist(), "all of them, once not accessed since"
+
+
 def test_below_the_high_watermark_promotion_is_refused_and_counted(costs: Costs) -> None:
     populated = Populated(costs, active_filter=False)
     view = populated.view

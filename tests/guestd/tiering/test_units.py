@@ -160,7 +160,9 @@ def test_whatever_is_done_frames_and_lists_stay_whole(program: list[tuple[str, i
                 frames = model.frame[a], model.frame[b]
                 lists = model.where(a), model.where(b)
                 first, second = (np.array([frame], np.int32) for frame in frames)
+                nodes.flags[list(frames)] |= F_REFERENCED | F_DEMOTED
                 units.relink_pairs(BOOK, nodes, first, second)
+                assert not (nodes.flags[list(frames)] & (F_REFERENCED | F_DEMOTED)).any(), "the other page's"
                 for page, which in ((a, lists[0]), (b, lists[1])):
                     model.lists[which].remove(page)
                 # The active bit goes with the page; frame a is linked first.

@@ -161,6 +161,25 @@ def test_written_pages_are_copied_again_and_the_rest_switched_in_one_pause(costs
     assert view.counters[C.bytes__migrated] == (40 + 8) * 4096
 
 
+def test_a_copy_that_is_not_made_yet_is_not_switched_to(costs: Costs) -> None:
+    managed = Managed(costs, copy_batch=8)
+    view, migrator = managed.view, managed.tiering.migrator
+    hot = managed.pages(SLOW, 1000)[-8:]
+    view.move(managed.pages(FAST, 40), SLOW, 0)
+    view.settle(1 << 60)
+    managed.rank(hot)
+    managed.taken()
+    made_ps = view.now
+    view.meter.now = made_ps - 1
+    migrator.on_dirty(hot[:1])
+    assert managed.taken().size == 0
+    view.meter.now = made_ps
+    migrator.on_dirty(hot[:0])
+    found = managed.taken()
+    assert found["a"][found["kind"] == OP_COPY].tolist() == [hot[0]], "written meanwhile"
+    assert found["a"][found["kind"] == OP_SWITCH].tolist() == hot[1:].tolist()
+
+
 def test_the_parameters_are_the_paper_s_where_it_names_them() -> None:
     assert resolve(POLICY.params, {})["windows"] == 8
     unpublished = {param.name for param in POLICY.params if param.source.startswith("unpublished")}
