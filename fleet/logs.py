@@ -9,6 +9,7 @@ the lines by time, then VM, then the writer's own sequence number.
 import json
 import logging
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -68,7 +69,10 @@ def launcher_log(path: Path) -> Iterator[logging.Logger]:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    # It starts a thread, which is not to be interrupted half-way, nor to be the one that a signal goes to.
+    unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     install_mp_handler(logger)
+    signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
     try:
         yield logger
     finally:

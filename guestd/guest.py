@@ -9,7 +9,7 @@ Everything about virtual time is decided here and in the engine; how the work is
 import heapq
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,14 +22,14 @@ from guestd.fault import (
     WRITE_PROTECTED,
     charge_hints,
     charge_violations,
-    clear_fresh,
     new_faults,
     table_frames,
     verify,
 )
+from guestd.frame_wait import FrameWait
 from guestd.guest_view import GuestView
 from guestd.hint_faults import HINTS_TAKEN, new_hints, run
-from guestd.kvm import ept_changed, vm_exit, wait_for_frames
+from guestd.kvm import ept_changed, vm_exit
 from guestd.machine import S, new_machine
 from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter
 from guestd.mm.khugepaged import Khugepaged
@@ -64,7 +64,6 @@ from guestd.walk import price_walks
 from guestd.watch import Watch
 from guestd.workloads.base import Buffer
 from guestd.workloads.registry import workloads
-from proto.arrays import Words
 from proto.config import GuestConfig, launch_ps
 from proto.counters import C
 from proto.entry import FRAME_MASK, FRAME_SHIFT, PRESENT, PROTNONE, WRITABLE
@@ -75,17 +74,6 @@ from proto.units import PAGE_SHIFT, PS_PER_S
 FOREVER = 1 << 62
 FAULTS_A_MESSAGE = 1 << 16
 T = TypeVar("T")
-
-
-class Waits(NamedTuple):
-    """A fault of ``vcpu`` for which the host had no frame yet."""
-
-    vcpu: int
-    gpfn: Words
-    """int64[n]: gPA frames that it has to map before the VM goes on."""
-    fresh: Words
-    """int64[m]: what is to be cleared once it is mapped, as in `guestd.fault.Batch`, each in its frame."""
-    fresh_gpfn: Words
 
 
 class Guest:
@@ -130,7 +118,7 @@ class Guest:
             for v in range(config.vcpus)
         ]
         self._next_agent_vcpu = 0
-        self._waits: Waits | None = None
+        self._wait = FrameWait(self.machine)
         self._kswapd_queued = False
         self._kswapd_at = 0
         """Not before then: it shares its vCPU, and after a run without work it waits a tick."""
@@ -156,8 +144,7 @@ class Guest:
         return self.phase == "done"
 
     def _next_timer(self) -> int:
-        """A VM that waits for the host runs none."""
-        return self._timers[0][0] if self._timers and self._waits is None else FOREVER
+        return self._timers[0][0] if self._timers and not self._wait.active else FOREVER
 
     def _at(self, time_ps: int, action: Callable[[], None]) -> None:
         self._sequence += 1
@@ -216,7 +203,7 @@ class Guest:
         if self._host_scans or message.scanned:
             ept_changed(machine)
         self.operations.of_host(np.frombuffer(message.operations, OPERATION))
-        self._wait_for_frames()
+        self._wait.go_on()
         while self.now < until and not self.finished:
             target = min(until, self._next_timer())
             if self.phase == "run" and self.config.run_ps:
@@ -309,13 +296,8 @@ class Guest:
             cost, waits = self.operations.page_fault(now, batch.gpfn[:gpfns])
             charge_violations(vcpus, vcpu, batch, cost)
             counters[C.exit__ept_violation] += np.count_nonzero(cost)
-        if waits:
-            self._waits = Waits(
-                vcpu, batch.gpfn[:gpfns].copy(), batch.fresh[:fresh].copy(), batch.fresh_gpfn[:fresh].copy()
-            )
-            self._wait_for_frames()
-        elif fresh:
-            self._clear(vcpu, batch.fresh[:fresh], batch.fresh_gpfn[:fresh])
+        if fresh or waits:
+            self._wait.answered(vcpu, batch, waits)
         if state == WRITE_PROTECTED:
             page = int(vcpus.address[vcpu, vcpus.field[vcpu, POSITION]]) >> PAGE_SHIFT
             wait = self._activate(TASK, vcpu, self.tiering.on_write_fault, page, at=now, charge_vcpu=False)
@@ -337,23 +319,6 @@ class Guest:
                 f"out of memory: {self.workload.space.pages} pages of gVA on {config.total_pages} pages of memory; "
                 "give the VM more memory or the workload a smaller footprint"
             )
-
-    def _clear(self, vcpu: int, fresh: Words, fresh_gpfn: Words) -> None:
-        if clear_fresh(self.machine, vcpu, fresh, fresh_gpfn):
-            raise GuestError("the host left frames unmapped after it had answered the fault")
-
-    def _wait_for_frames(self) -> None:
-        """A fault that found the host's pool exhausted stops the VM to the next barrier, and maybe the one after it."""
-        waits, machine = self._waits, self.machine
-        if waits is None:
-            return
-        mapped = (machine.ept[waits.fresh_gpfn] & PRESENT) != 0
-        self._clear(waits.vcpu, waits.fresh[mapped], waits.fresh_gpfn[mapped])
-        if mapped.all() and (machine.ept[waits.gpfn] & WRITABLE).all():
-            self._waits = None
-        else:
-            self._waits = waits._replace(fresh=waits.fresh[~mapped], fresh_gpfn=waits.fresh_gpfn[~mapped])
-            wait_for_frames(machine, int(machine.state[S.END_PS]))
 
     def _serve_pmu(self) -> None:
         """A record met an EPT violation, or a buffer is nearly full."""
@@ -465,7 +430,7 @@ class Guest:
         for start in range(0, away.size, FAULTS_A_MESSAGE):
             batch = away[start : start + FAULTS_A_MESSAGE]
             self.operations.page_fault(self.now, batch, last=True)
-        self._wait_for_frames()
+        self._wait.go_on()
         self.pages_brought_back = away.size
         checked, bad = verify(machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]), kernel)
         total_time(machine.vcpus, machine.counters)

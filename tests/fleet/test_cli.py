@@ -54,6 +54,28 @@ def test_the_help_imports_no_heavy_library() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+LOST = """
+import fleet.__main__, fleet.cli, signal, weakref
+def run():
+    class Module: pass
+    watched = weakref.ref(gone := Module(), lambda _: signal.raise_signal(signal.SIGINT))
+    try:
+        del gone
+        print("lost at first", flush=True)
+        signal.pause()
+    except KeyboardInterrupt:
+        print("and heard")
+fleet.cli.main = run
+signal.signal(signal.SIGINT, signal.default_int_handler)
+fleet.__main__.main()
+"""
+
+
+def test_ctrl_c_in_a_callback_is_not_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", LOST], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("lost at first\nand heard\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
