@@ -146,6 +146,7 @@ class Pml(Struct):
     useless_ratio: float
     copied_again: int
     harvested_pages: int | UnsetType = UNSET
+    modelled_s: float | UnsetType = UNSET
 
 
 class Swap(Struct):

@@ -234,7 +234,7 @@ class HostCore:
         if isinstance(state.view, FlatMemory):
             report["flat_memory"] = state.view.report()
         if state.dirty_log is not None:
-            report["pml"]["harvested_pages"] = state.dirty_log.harvested_pages
+            report["pml"] |= state.dirty_log.report()
         return self._with_tiering(state, report) if state.flat else report
 
     def _with_tiering(self, state: Vm, report: dict[str, Any]) -> dict[str, Any]:

@@ -33,3 +33,7 @@ class DirtyLog:
             self.meter.now = max(now_ps, self._next_ps)
             self.view.request_harvest()
             self._next_ps += self._period_ps
+
+    def report(self) -> dict[str, float]:
+        """The thread's part of `pml` of a VM in summary.json."""
+        return {"harvested_pages": self.harvested_pages, "modelled_s": sum(self.meter.modelled_s().values())}

@@ -10,7 +10,7 @@ from proto.config import HostKernel
 from proto.costs import Costs
 from proto.counters import C
 from proto.entry import DIRTY
-from proto.units import PS_PER_MS
+from proto.units import PS_PER_MS, PS_PER_S
 from tests.guestd.reference import bitmap
 from tests.small_fleet import new_fleet, run_fleet, small_guest, until_populated
 
@@ -53,6 +53,7 @@ def test_every_harvest_asks_for_one_flush_and_the_more_there_are_the_more_is_log
         requests = report["kvm"]["remote_tlb_flush_requests"]
         assert abs(requests - 80 // period_ms) <= 1
         assert report["pml"]["entries"] >= report["pml"]["harvested_pages"] > 0
+        assert report["pml"]["modelled_s"] >= report["pml"]["harvested_pages"] * costs.scan_pte_ps / PS_PER_S
     assert often["pml"]["entries"] > 2 * seldom["pml"]["entries"]
 
 
