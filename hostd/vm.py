@@ -194,16 +194,16 @@ class Vm:
         if self.flat:
             self.view.settle(time_ps)
         backed = (self.memory.ept[gpfns] & BACKED) != 0
-        if last:
-            self.waiting = gpfns[:0]
-        if self._lacks(gpfns[~backed]):
+        if lacks := self._lacks(gpfns[~backed]):
             used = int(np.count_nonzero(self.memory.ept & BACKED))
             if not self.flat or gpfns.size - int(backed.sum()) > int(self.nodes.managed.sum()) - used:
                 raise RefusedMessage("no frame left in this VM's share; a guest may use what it was given")
-            if last:
+        if last:
+            self.waiting = gpfns[:0]
+            if lacks:
                 self.view.call_off()
-            else:
-                self.waiting = np.union1d(self.waiting, gpfns[~backed])
+        elif lacks:
+            self.waiting = np.union1d(self.waiting, gpfns[~backed])
         if self.waiting.size:
             cost = self._price(gpfns)
             cost[backed], hinted = self._map(gpfns[backed])
