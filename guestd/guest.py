@@ -278,7 +278,7 @@ class Guest:
         self.phase = "run"
         self.machine.vcpus.histogram[:] = 0
         total_time(self.machine.vcpus, self.machine.counters)
-        self.populated = Snapshot.take(self.machine.counters, self.meter)
+        self.populated = Snapshot.take(self.machine.counters, self.meter, self.agent_cpu_ns())
         self.watch.begin()
         self._events.add(now, "phase", 0, 0, 1)
 

@@ -10,7 +10,7 @@ from guestd.machine import S
 from guestd.meter import CALLS, STAGES, Meter, meter_cost_ns
 from guestd.vcpu import CLOCK, LATENCY_BIN_SHIFT
 from proto.arrays import Words
-from proto.counters import EXIT_PARTS, STOLEN_PARTS, C, Counters, flush_totals, split, sum_parts
+from proto.counters import EXIT_PARTS, STOLEN_PARTS, C, Counters, flush_totals, new_counters, split, sum_parts
 from proto.entry import HUGE
 from proto.units import PAGE_SIZE, PS_PER_NS, PS_PER_S, TABLE_PAGES
 
@@ -19,16 +19,41 @@ if TYPE_CHECKING:
 
 
 class Snapshot(NamedTuple):
-    """Accounts at the end of populating."""
+    """Accounts of a VM's tiering at one time, on either side of the boundary."""
 
     counters: Counters
-    measured_ns: int
-    modelled_ps: int
+    measured_ns: Words
+    """int64[STAGES]"""
+    modelled_ps: Words
+    """int64[STAGES]"""
+    cpu_ns: int
+    """Of the agent in all."""
 
     @classmethod
-    def take(cls, counters: Counters, meter: Meter) -> Snapshot:
+    def take(cls, counters: Counters, meter: Meter, cpu_ns: int) -> Snapshot:
         """Copies, so that the originals may go on."""
-        return cls(counters.copy(), int(meter.book[: len(STAGES)].sum()), int(meter.modelled_ps.sum()))
+        return cls(counters.copy(), meter.book[: len(STAGES)].copy(), meter.modelled_ps.sum(axis=0), cpu_ns)
+
+    @classmethod
+    def at_boot(cls) -> Snapshot:
+        """Nothing yet."""
+        return cls.take(new_counters(), Meter(), 0)
+
+    def cpu_since(self, before: Snapshot) -> dict[str, dict[str, float]]:
+        """CPU-seconds by stage since then: ``measured_s`` and ``modelled_s`` of `agent_cpu` in summary.json."""
+        measured = dict(zip(STAGES, ((self.measured_ns - before.measured_ns) / 1e9).tolist(), strict=True))
+        modelled = dict(zip(STAGES, ((self.modelled_ps - before.modelled_ps) / PS_PER_S).tolist(), strict=True))
+        total = (self.cpu_ns - before.cpu_ns) / 1e9
+        return {
+            "measured_s": {**measured, "other": total - sum(measured.values()), "total": total},
+            "modelled_s": {**modelled, "total": sum(modelled.values())},
+        }
+
+    def cores_since(self, before: Snapshot, run_s: float) -> dict[str, float]:
+        """CPU of all stages since then over ``run_s`` virtual seconds: ``measured_cores`` and ``modelled_cores``."""
+        measured_ns = int((self.measured_ns - before.measured_ns).sum())
+        modelled_ps = int((self.modelled_ps - before.modelled_ps).sum())
+        return {"measured_cores": measured_ns / 1e9 / run_s, "modelled_cores": modelled_ps / PS_PER_S / run_s}
 
 
 def percentiles_ns(histogram: Words) -> dict[str, float]:
@@ -46,7 +71,8 @@ def percentiles_ns(histogram: Words) -> dict[str, float]:
 def build_report(guest: Guest) -> dict[str, Any]:
     """Everything of a VM but what only its process knows (wait4, resident memory, round-trip times)."""
     config, machine, meter = guest.config, guest.machine, guest.meter
-    populated = guest.populated or Snapshot(np.zeros_like(machine.counters), 0, 0)
+    now, boot = Snapshot.take(machine.counters, meter, guest.agent_cpu_ns()), Snapshot.at_boot()
+    populated = guest.populated or boot
     ended = guest.ended_ps or guest.now
     run_start = guest.run_started_ps if guest.populated else ended
     run_ps = max(1, ended - run_start)
@@ -56,11 +82,6 @@ def build_report(guest: Guest) -> dict[str, Any]:
     access, vmstat, kvm, clock = groups["access"], groups["vmstat"], groups["kvm"], groups["time"]
     total = access["total"]
     vcpu_ps = run_ps * config.vcpus
-    measured = meter.measured_s()
-    agent_s = guest.agent_cpu_ns() / 1e9
-    modelled = meter.modelled_s()
-    run_measured_ns = int(meter.book[: len(STAGES)].sum()) - populated.measured_ns
-    run_modelled_ps = int(meter.modelled_ps.sum()) - populated.modelled_ps
     report: dict[str, Any] = {
         "id": config.vm,
         "name": config.name,
@@ -104,12 +125,10 @@ def build_report(guest: Guest) -> dict[str, Any]:
         },
         "agent_cpu": {
             "where": "guest",
-            "measured_s": {**measured, "other": agent_s - sum(measured.values()), "total": agent_s},
+            **now.cpu_since(populated),
             "floor_s": guest.activations * guest.null_activation_ns / 1e9,
             "activations": guest.activations,
-            "modelled_s": {**modelled, "total": sum(modelled.values())},
-            "measured_cores": run_measured_ns / 1e9 / (run_ps / PS_PER_S),
-            "modelled_cores": run_modelled_ps / run_ps,
+            **now.cores_since(populated, run_ps / PS_PER_S),
             "stolen_s": sum_parts(clock, STOLEN_PARTS) / PS_PER_S,
         },
         "time": {name.removesuffix("_ps") + "_s": value / PS_PER_S for name, value in clock.items()},
@@ -129,6 +148,7 @@ def build_report(guest: Guest) -> dict[str, Any]:
             "vmstat": before["vmstat"],
             "kvm": {**before["kvm"], "exits": before["exit"]},
             "flushes": flush_totals(before["vmstat"], before["kvm"]),
+            "agent_cpu": populated.cpu_since(boot),
         },
     }  # fmt: skip
     if guest.tiering.by_definition:
@@ -136,7 +156,7 @@ def build_report(guest: Guest) -> dict[str, Any]:
     if guest.sampling or config.host.pebs == "shared":
         report["pebs"] = {**groups["pebs"], **guest.perf.pmu.report()}
         if drained := whole["pebs"]["drained_records"]:
-            spent = {"measured": measured["track"], "modelled": modelled["track"]}
+            spent = {"measured": meter.measured_s()["track"], "modelled": meter.modelled_s()["track"]}
             report["pebs"]["cpu_ns_per_sample"] = {name: spent_s * 1e9 / drained for name, spent_s in spent.items()}
     if config.host.pml:
         entries = whole["pml"]["entries"]

@@ -11,12 +11,13 @@ import msgspec
 import numpy as np
 
 from guestd.meter import STAGES
+from guestd.report import Snapshot
 from guestd.tiering.registry import policy_of
 from hostd.contention import Contention
 from hostd.errors import RefusedMessage
 from hostd.flat_memory import FlatMemory
 from hostd.pebs_buffer import PebsLeak
-from hostd.vm import Accounts, Vm
+from hostd.vm import Vm
 from proto.config import GuestConfig, HostConfig
 from proto.counters import COUNTERS, flush_totals, split
 from proto.layout import VmMemory
@@ -239,7 +240,8 @@ class HostCore:
 
     def _with_tiering(self, state: Vm, report: dict[str, Any]) -> dict[str, Any]:
         """A host-side design's work on a VM: kernel counters of the host, CPU of its threads."""
-        before = state.populated or Accounts(state.counters, state.meter.book, state.meter.modelled_ps)
+        now, boot = state.accounts(), Snapshot.at_boot()
+        before = state.populated or now
         mine = split(state.counters - before.counters)
         for part, counters in ((report, mine), (report["populate"], split(before.counters))):
             for name, value in counters["vmstat"].items():
@@ -255,21 +257,10 @@ class HostCore:
             "bytes": report["migration"]["bytes"] + mine["bytes"]["migrated"],
         }
         cpu = report["agent_cpu"]
-        measured, modelled = state.meter.measured_s(), state.meter.modelled_s()
-        cpu["where"] = "host"
-        cpu["guest_thread_s"] = cpu["measured_s"]["total"]
-        cpu["measured_s"] = {
-            **measured,
-            "other": state.cpu_ns / 1e9 - sum(measured.values()),
-            "total": state.cpu_ns / 1e9,
-        }
-        cpu["modelled_s"] = {**modelled, "total": sum(modelled.values())}
-        stages = slice(len(STAGES))
-        run_ns = int((state.meter.book[stages] - before.book[stages]).sum())
-        cpu["measured_cores"] = run_ns / 1e9 / report["virtual_s"]
-        cpu["modelled_cores"] = (
-            int((state.meter.modelled_ps - before.modelled_ps).sum()) / PS_PER_S / report["virtual_s"]
-        )
+        guest_thread_s = cpu["measured_s"]["total"]
+        cpu |= now.cpu_since(before) | now.cores_since(before, report["virtual_s"])
+        cpu |= {"where": "host", "guest_thread_s": guest_thread_s}
+        report["populate"]["agent_cpu"] = before.cpu_since(boot)
         return report
 
     def host_report(self, measured_cpu: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ first touch of 2 MiB of gPA takes a block of frames for all of it, if a tier has
 
 import heapq
 import time
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from guestd.jit import kernel
 from guestd.meter import HOST_THREAD, TASK, TRACK, Meter
 from guestd.mm.nodes import FAST, new_nodes
 from guestd.params import resolve
+from guestd.report import Snapshot
 from guestd.tiering.pages import expand
 from guestd.tiering.policy import Policy, Tiering, with_needs
 from hostd.backing import BACKED, Prices, back
@@ -30,7 +30,7 @@ from hostd.host_view import HostView
 from hostd.swap import Swap
 from proto.arrays import Words
 from proto.config import GuestConfig, launch_ps
-from proto.counters import C, Counters, new_counters, split
+from proto.counters import C, new_counters, split
 from proto.entry import FRAME_MASK, FRAME_SHIFT, HUGE
 from proto.layout import VmMemory, gpa_pages
 from proto.messages import MOST_LISTED
@@ -54,14 +54,6 @@ def _bitmap_of(frames: Words, words: int) -> Words:
     return np.packbits(bits, bitorder="little").view(np.int64)
 
 
-class Accounts(NamedTuple):
-    """A VM's accounts in the host at one time."""
-
-    counters: Counters
-    book: Words
-    modelled_ps: Words
-
-
 class Vm:
     """See the module. ``populated``: the accounts when the guest had populated its memory."""
 
@@ -74,7 +66,7 @@ class Vm:
         self.meter.context = HOST_THREAD
         self.counters = new_counters()
         self.guest_counters = new_counters()
-        self.populated: Accounts | None = None
+        self.populated: Snapshot | None = None
         self.cpu_ns = 0
         """CPU that this host spent on the VM: faults and host-side tiering."""
         self._timers: list[tuple[int, int, str]] = []
@@ -113,6 +105,10 @@ class Vm:
         self.meter.now = config.start_ps
         if self.flat:
             self.tiering.start()
+
+    def accounts(self) -> Snapshot:
+        """Those of the host's tiering for the VM, now."""
+        return Snapshot.take(self.counters, self.meter, self.cpu_ns)
 
     def _thread_view(self) -> HostView:
         """A view for a host thread beside tiering, with accounts of its own."""
@@ -327,7 +323,7 @@ class Vm:
         How many vCPUs a request kicked decides how long the next ones take.
         """
         if self.populated is None and phase != "populate":
-            self.populated = Accounts(self.counters.copy(), self.meter.book.copy(), self.meter.modelled_ps.copy())
+            self.populated = self.accounts()
         delta = counters - self.guest_counters
         requests = int(delta[C.kvm__remote_tlb_flush_requests])
         if requests > 0:

@@ -108,8 +108,10 @@ def until_populated(fleet: InProcessFleet) -> Guest:
 
 def without_measured(report: dict[str, Any]) -> dict[str, Any]:
     """A report without what this machine's clock says."""
-    cpu = {key: value for key, value in report["agent_cpu"].items() if key not in MEASURED}
-    rest = {key: value for key, value in report.items() if key != "process_cpu"} | {"agent_cpu": cpu}
+    cpus = [report["agent_cpu"], report["populate"]["agent_cpu"]]
+    cpu, before = ({key: value for key, value in one.items() if key not in MEASURED} for one in cpus)
+    rest = {key: value for key, value in report.items() if key != "process_cpu"}
+    rest |= {"agent_cpu": cpu, "populate": report["populate"] | {"agent_cpu": before}}
     if "cpu_ns_per_sample" in report.get("pebs", {}):
         rest["pebs"] = report["pebs"] | {"cpu_ns_per_sample": report["pebs"]["cpu_ns_per_sample"]["modelled"]}
     return rest

@@ -84,9 +84,8 @@ def stage_cores(summary: Summary) -> dict[str, float]:
     """The same by stage: track, classify, migrate."""
     found = dict.fromkeys(STAGES, 0.0)
     for vm in summary["vms"]:
-        cpu = vm["agent_cpu"]
         for stage in STAGES:
-            found[stage] += cpu["modelled_cores"] * cpu["modelled_s"][stage] / (cpu["modelled_s"]["total"] or 1.0)
+            found[stage] += vm["agent_cpu"]["modelled_s"][stage] / vm["virtual_s"]
     return found
 
 

@@ -253,12 +253,12 @@ def test_what_the_run_says_of_its_agents_is_what_is_seen_from_outside(tmp_path: 
     assert launched.returncode == 0
     for vm in json.loads(output)["vms"]:
         outside_s = seen[f"fleet: vm{vm['id']} {vm['policy']} gups"] / 1e9
-        total_s = vm["agent_cpu"]["measured_s"]["total"]
+        total_s = vm["agent_cpu"]["measured_s"]["total"] + vm["populate"]["agent_cpu"]["measured_s"]["total"]
         assert outside_s > 0.5, "the comparison means something"
         assert abs(outside_s - total_s) <= max(0.05 * outside_s, 0.1)
         assert vm["process_cpu"]["residue_ratio"] <= 0.02
         stages = sum(vm["agent_cpu"]["measured_s"][stage] for stage in ("track", "classify", "migrate", "other"))
-        assert stages == pytest.approx(total_s)
+        assert stages == pytest.approx(vm["agent_cpu"]["measured_s"]["total"])
 
 
 @pytest.mark.timeout(400)

@@ -60,6 +60,14 @@ def test_ratios_follow_from_the_counts_beside_them(costs: Costs) -> None:
     assert cpu["measured_s"]["total"] == pytest.approx(
         sum(cpu["measured_s"][s] for s in ("track", "classify", "migrate", "other"))
     )
+    for kind in ("measured", "modelled"):
+        stages = {stage: cpu[f"{kind}_s"][stage] for stage in ("track", "classify", "migrate")}
+        assert cpu[f"{kind}_cores"] == pytest.approx(sum(stages.values()) / report["virtual_s"])
+    # With what there was before the run it is what the meter has.
+    before = report["populate"]["agent_cpu"]["modelled_s"]
+    for stage, spent_s in guest.meter.modelled_s().items():
+        assert before[stage] + cpu["modelled_s"][stage] == pytest.approx(spent_s)
+    assert before["total"] > 0
     assert 0 < report["kvm"]["guest_mode_ratio"] <= 1
 
 

@@ -15,6 +15,7 @@ ABSENT = {"memtis", "hemem"}
 
 def vm(**changes: Any) -> dict[str, Any]:
     one = {
+        "virtual_s": 8.0,
         "flushes": {"total": 15},
         "kvm": {"tlb_flush": 6, "remote_tlb_flush": 2},
         "vmstat": {"nr_tlb_local_flush_one": 3, "nr_tlb_remote_flush": 3, "nr_tlb_local_flush_all": 1},
