@@ -17,6 +17,10 @@ def main() -> None:
 
     sys.unraisablehook = _interrupt_again
     signal.signal(signal.SIGINT, handler)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is signal.SIG_DFL:
+            # A command that is asked to end cleans up as at Ctrl-C.
+            signal.signal(signum, signal.default_int_handler)
     run()
 
 

@@ -107,7 +107,7 @@ def run(
     Examples:
       fleet run examples/quickstart.toml
       fleet run --vms 3 --policy g-tpp --workload gups --memory 16GiB --scale 1/32 --seconds 20 --json
-      fleet run --policy hyperplace --workload trace --set workload.file=examples/hot_set.trace
+      fleet run --policy hyperplace --memory 16MiB --workload trace --set workload.file=examples/hot_set.trace
       fleet run --policy h-tpp --set host.invept=1us --set workload.layout=scattered
       fleet run --policy hyperplace --vcpus 4 --memory 1GiB --heat
     """

@@ -82,10 +82,11 @@ def alone(
         policy = policies()[name]
         keys = _fitting(base, policy) | {"policy": name, "workload": "gups", "seconds": lasts[name]}
         excuse = policy.no_gain or (f"gains after {needs[name]} virtual s" if needs[name] > lasts[name] else "")
-        return _judge(policy, *_run([keys], whole), excuse)
+        return _judge(policy, *_run([keys], whole, runs), excuse)
 
     progress(0, len(names), f"{sum(lasts.values())} virtual s")
     verdicts = {}
+    runs: set[subprocess.Popen[str]] = set()
     with ThreadPoolExecutor(jobs) as pool:
         # The longest first, so that no core waits for it at the end.
         running = {pool.submit(one, name): name for name in sorted(names, key=lambda name: -lasts[name])}
@@ -96,6 +97,8 @@ def alone(
                 progress(done, len(names), f"{name}, {lasts[name]} virtual s")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            for run in list(runs):  # none, unless this was interrupted
+                run.terminate()
     return [verdicts[name] for name in names]
 
 
@@ -110,7 +113,7 @@ def pairs(names: Sequence[str], base: dict[str, object], progress: Progress) -> 
             for workload in workloads():
                 file: dict[str, object] = {"set": {"workload.file": str(trace)}} if workload == "trace" else {}
                 groups.append(keys | {"workload": workload} | file)
-        summary, _ = _run(groups, {}, lambda line: progress(0, len(groups), line))
+        summary, _ = _run(groups, {}, set(), lambda line: progress(0, len(groups), line))
         progress(len(groups), len(groups), "")
     return {(vm["policy"], vm["workload"]): vm for vm in summary["vms"]}
 
@@ -170,27 +173,35 @@ def _end_fast_ratio(series: pa.Table) -> float:
 
 
 def _run(
-    groups: Sequence[dict[str, object]], whole: dict[str, object], tell: Callable[[str], None] = lambda line: None
-) -> tuple[dict[str, Any], pa.Table]:
-    """Summary and time series of one fleet, run by the command line; ``tell`` hears what it says meanwhile.
+    groups: Sequence[dict[str, object]], whole: dict[str, object], running: set["subprocess.Popen[str]"],
+    tell: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Any], pa.Table]:  # fmt: skip
+    """Summary and time series of one fleet, a process that dies with this one; ``tell`` hears what it says meanwhile.
 
-    ``groups``: keys of its groups of VMs; ``whole``: those of the whole run.
+    ``groups``: keys of its groups of VMs; ``whole``: those of the whole run; ``running``: has the process meanwhile.
 
     Raises ConformanceError with the last that it said.
     """
     with tempfile.TemporaryDirectory(prefix="fleet-conformance-") as folder:
         spec, out = Path(folder) / "spec.toml", Path(folder) / "out"
         spec.write_text("[[group]]\n".join(map(_lines, [whole, *groups])), "utf-8")
-        command = [sys.executable, "-m", "fleet", "run", str(spec), "--json", "--out", str(out)]
+        command = [sys.executable, "-P", "-m", "fleet.sweep.cell", str(spec), str(out), "--parent", str(os.getpid())]
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         said = ""
         with subprocess.Popen(
             command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as run:
             assert run.stderr is not None
-            for line in filter(None, map(str.strip, run.stderr)):
-                said = line
-                tell(line)
+            running.add(run)
+            try:
+                for line in filter(None, map(str.strip, run.stderr)):
+                    said = line
+                    tell(line)
+            except BaseException:
+                run.terminate()
+                raise
+            finally:
+                running.discard(run)
         if not (out / "summary.json").is_file():
             raise ConformanceError(said or f"fleet run ended with exit code {run.returncode}")
         return json.loads((out / "summary.json").read_text("utf-8")), pq.read_table(out / "timeseries.parquet")

@@ -391,7 +391,9 @@ def _parse(key: str, text: str, profile: Profile | None) -> int:
     example = f"{profile.figures[key].value} {profile.figures[key].unit}" if profile else f"100 {units[0]}"
     if match is None:
         raise ProfileError(where + f"not a number with a unit; write e.g. {example!r}")
-    unit = match[2] or (profile.figures[key].unit if profile else units[0] if _units(key) is _COUNT else "")
+    unit = match[2] or (units[0] if _units(key) is _COUNT or not Fraction(match[1]) else "")
+    if not unit:
+        raise ProfileError(where + f"has no unit; write e.g. {example!r}")
     if unit not in units:
         close = nearest(unit, units)
         hint = f"; did you mean {close!r}?" if close else f"; write e.g. {example!r}"

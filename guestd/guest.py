@@ -31,14 +31,14 @@ from guestd.guest_view import GuestView
 from guestd.hint_faults import HINTS_TAKEN, new_hints, run
 from guestd.kvm import ept_changed, vm_exit
 from guestd.machine import S, new_machine
-from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter
+from guestd.meter import INTERRUPT, KTHREAD, TASK, TRACK, Meter, Snapshot
 from guestd.mm.khugepaged import Khugepaged
 from guestd.mm.nodes import FAST, WMARK_LOW, new_nodes
 from guestd.operations import EptFaultCall, Operations
 from guestd.params import resolve
 from guestd.perf_events import PerfEvents
 from guestd.placement import preferred
-from guestd.report import Snapshot, build_report, huge_pages, progress
+from guestd.report import build_report, huge_pages, progress
 from guestd.threads import Threads, null_activation_ns
 from guestd.tiering.policy import Tiering, with_needs
 from guestd.tiering.registry import policy_of

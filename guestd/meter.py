@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar, cast
 
 import numpy as np
 from numba import types
@@ -19,6 +19,8 @@ from numba.extending import intrinsic
 
 from guestd.jit import kernel
 from proto.arrays import Words
+from proto.counters import Counters, new_counters
+from proto.units import PS_PER_S
 
 TRACK, CLASSIFY, MIGRATE = 0, 1, 2
 STAGES = ("track", "classify", "migrate")
@@ -133,6 +135,44 @@ class Meter:
     def modelled_s(self) -> dict[str, float]:
         """CPU-seconds per stage, all contexts."""
         return {name: float(self.modelled_ps[:, i].sum()) / 1e12 for i, name in enumerate(STAGES)}
+
+
+class Snapshot(NamedTuple):
+    """Accounts of a VM's tiering at one time, on either side of the boundary."""
+
+    counters: Counters
+    measured_ns: Words
+    """int64[STAGES]"""
+    modelled_ps: Words
+    """int64[STAGES]"""
+    cpu_ns: int
+    """Of the agent in all."""
+
+    @classmethod
+    def take(cls, counters: Counters, meter: Meter, cpu_ns: int) -> Self:
+        """Copies, so that the originals may go on."""
+        return cls(counters.copy(), meter.book[: len(STAGES)].copy(), meter.modelled_ps.sum(axis=0), cpu_ns)
+
+    @classmethod
+    def at_boot(cls) -> Self:
+        """Nothing yet."""
+        return cls.take(new_counters(), Meter(), 0)
+
+    def cpu_since(self, before: Self) -> dict[str, dict[str, float]]:
+        """CPU-seconds by stage since then: ``measured_s`` and ``modelled_s`` of `agent_cpu` in summary.json."""
+        measured = dict(zip(STAGES, ((self.measured_ns - before.measured_ns) / 1e9).tolist(), strict=True))
+        modelled = dict(zip(STAGES, ((self.modelled_ps - before.modelled_ps) / PS_PER_S).tolist(), strict=True))
+        total = (self.cpu_ns - before.cpu_ns) / 1e9
+        return {
+            "measured_s": {**measured, "other": total - sum(measured.values()), "total": total},
+            "modelled_s": {**modelled, "total": sum(modelled.values())},
+        }
+
+    def cores_since(self, before: Self, run_s: float) -> dict[str, float]:
+        """CPU of all stages since then over ``run_s`` virtual seconds: ``measured_cores`` and ``modelled_cores``."""
+        measured_ns = int((self.measured_ns - before.measured_ns).sum())
+        modelled_ps = int((self.modelled_ps - before.modelled_ps).sum())
+        return {"measured_cores": measured_ns / 1e9 / run_s, "modelled_cores": modelled_ps / PS_PER_S / run_s}
 
 
 def meter_cost_ns(calls: int = 2000) -> float:

@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from guestd.machine import S
-from guestd.meter import CALLS, STAGES, Meter, meter_cost_ns
+from guestd.meter import CALLS, Snapshot, meter_cost_ns
 from guestd.vcpu import CLOCK, LATENCY_BIN_SHIFT
 from proto.arrays import Words
-from proto.counters import EXIT_PARTS, STOLEN_PARTS, C, Counters, flush_totals, new_counters, split, sum_parts
+from proto.counters import EXIT_PARTS, STOLEN_PARTS, C, flush_totals, split, sum_parts
 from proto.entry import HUGE
 from proto.units import PAGE_SIZE, PS_PER_NS, PS_PER_S, TABLE_PAGES
 
 if TYPE_CHECKING:
     from guestd.guest import Guest
-
-
-class Snapshot(NamedTuple):
-    """Accounts of a VM's tiering at one time, on either side of the boundary."""
-
-    counters: Counters
-    measured_ns: Words
-    """int64[STAGES]"""
-    modelled_ps: Words
-    """int64[STAGES]"""
-    cpu_ns: int
-    """Of the agent in all."""
-
-    @classmethod
-    def take(cls, counters: Counters, meter: Meter, cpu_ns: int) -> Snapshot:
-        """Copies, so that the originals may go on."""
-        return cls(counters.copy(), meter.book[: len(STAGES)].copy(), meter.modelled_ps.sum(axis=0), cpu_ns)
-
-    @classmethod
-    def at_boot(cls) -> Snapshot:
-        """Nothing yet."""
-        return cls.take(new_counters(), Meter(), 0)
-
-    def cpu_since(self, before: Snapshot) -> dict[str, dict[str, float]]:
-        """CPU-seconds by stage since then: ``measured_s`` and ``modelled_s`` of `agent_cpu` in summary.json."""
-        measured = dict(zip(STAGES, ((self.measured_ns - before.measured_ns) / 1e9).tolist(), strict=True))
-        modelled = dict(zip(STAGES, ((self.modelled_ps - before.modelled_ps) / PS_PER_S).tolist(), strict=True))
-        total = (self.cpu_ns - before.cpu_ns) / 1e9
-        return {
-            "measured_s": {**measured, "other": total - sum(measured.values()), "total": total},
-            "modelled_s": {**modelled, "total": sum(modelled.values())},
-        }
-
-    def cores_since(self, before: Snapshot, run_s: float) -> dict[str, float]:
-        """CPU of all stages since then over ``run_s`` virtual seconds: ``measured_cores`` and ``modelled_cores``."""
-        measured_ns = int((self.measured_ns - before.measured_ns).sum())
-        modelled_ps = int((self.modelled_ps - before.modelled_ps).sum())
-        return {"measured_cores": measured_ns / 1e9 / run_s, "modelled_cores": modelled_ps / PS_PER_S / run_s}
 
 
 def percentiles_ns(histogram: Words) -> dict[str, float]:

@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from guestd.meter import STAGES
-from guestd.report import Snapshot
+from guestd.meter import STAGES, Snapshot
 from guestd.tiering.registry import policy_of
 from hostd.contention import Contention
 from hostd.errors import RefusedMessage
@@ -82,6 +81,10 @@ class HostCore:
                 return self._bye(vm, message)
             case Failed():
                 return self.lost(vm, message.kind, message.message)
+
+    def agent_cpu_s(self, vm: int, tick: Tick) -> float:
+        """Measured CPU so far of what manages VM ``vm``: its agent, or this host for a host-side design."""
+        return self.vms[vm].cpu_ns / 1e9 if self.vms[vm].flat else tick.agent_cpu_s
 
     def lost(self, vm: int, kind: str, message: str) -> Out:
         """VM ``vm`` died, hung or failed: it never holds up the barrier again."""

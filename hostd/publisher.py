@@ -25,15 +25,15 @@ class Publisher:
         self._samples: list[Sample] = []
         self._interval_of: dict[int, int] = {}
 
-    def tick(self, vm: int, tick: Tick) -> None:
-        """A VM reached a barrier."""
+    def tick(self, vm: int, tick: Tick, agent_cpu_s: float) -> None:
+        """A VM reached a barrier. ``agent_cpu_s``: measured CPU of its agent so far, in guest or host."""
         self._latest[vm] = VmProgress(
             vm=vm,
             time_ps=tick.time_ps,
             phase=tick.phase,
             progress=tick.progress,
             counters=tick.counters,
-            agent_cpu_s=tick.agent_cpu_s,
+            agent_cpu_s=agent_cpu_s,
         )
         self._moved.add(vm)
         interval = tick.time_ps // self._sample_ps
@@ -45,7 +45,7 @@ class Publisher:
                     time_ps=tick.time_ps,
                     phase=tick.phase,
                     counters=tick.counters,
-                    agent_cpu_s=tick.agent_cpu_s,
+                    agent_cpu_s=agent_cpu_s,
                 )
             )
 

@@ -73,6 +73,10 @@ class HostCore(Core, Protocol):
         """VM ``vm`` has its memory."""
         ...
 
+    def agent_cpu_s(self, vm: int, tick: Tick) -> float:
+        """Measured CPU so far of what manages VM ``vm``."""
+        ...
+
     def host_report(self, measured_cpu: dict[str, Any]) -> dict[str, Any]:
         """The `host` object of summary.json without `refused` and `hypercalls_per_s`."""
         ...
@@ -267,7 +271,7 @@ class HostServer:
                 self._connections[connection] = vm
                 self._watchdog.settle(vm)
             case Tick():
-                self._publisher.tick(vm, message)
+                self._publisher.tick(vm, message, self._core.agent_cpu_s(vm, message))
                 self._watchdog.settle(vm)
                 if message.phase == "done":
                     self._watchdog.expect(vm)

@@ -15,10 +15,9 @@ import numpy as np
 
 from guestd.events import EventLog
 from guestd.jit import kernel
-from guestd.meter import HOST_THREAD, TASK, TRACK, Meter
+from guestd.meter import HOST_THREAD, TASK, TRACK, Meter, Snapshot
 from guestd.mm.nodes import FAST, new_nodes
 from guestd.params import resolve
-from guestd.report import Snapshot
 from guestd.tiering.pages import expand
 from guestd.tiering.policy import Policy, Tiering, with_needs
 from hostd.backing import BACKED, Prices, back

@@ -21,7 +21,7 @@ def report(
     \b
     Examples:
       fleet report runs/quickstart
-      fleet report sweeps/scalability --json
+      fleet report runs/scalability --json
     """
     import pyarrow as pa
     from rich.console import Console

@@ -69,6 +69,8 @@ def sweep(
     else:
         counts = {status: sum(cell.status == status for cell in cells) for status in ("done", "failed", "missing")}
         typer.echo(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+        if counts["failed"]:
+            typer.echo(f"why:     fleet results show {out}; --rerun-failed runs them again", err=True)
         typer.echo(f"digest:  {json.loads((out / 'results.json').read_text('utf-8'))['digest']}")
         typer.echo(f"results: {out}")
     raise typer.Exit(0 if all(cell.status == "done" for cell in cells) else 1)

@@ -62,16 +62,22 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(self, *ending: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *ending: object) -> None:
         if self._live:
             self._live.stop()
+        if kind is KeyboardInterrupt:
+            done, total = self._already + self._ended, self._already + self._total
+            self._console.print(f"interrupted: {done} of {total} cells are there; the same command runs the others")
 
     def begin(self, points: Sequence[Point], weights: Sequence[float], done: int) -> None:
         """See `Progress`."""
         self._weights = {point.hash: weight for point, weight in zip(points, weights, strict=True)}
         self._total, self._already = len(points), done
         self._start_s = self._clock()
-        self._console.print(f"{len(points)} cells to run" + (f", {done} are there already" if done else ""))
+        self._console.print(
+            f"{len(points)} {'cell' if len(points) == 1 else 'cells'} to run"
+            + (f", {done} are there already" if done else "")
+        )
 
     def started(self, point: Point) -> None:
         """See `Progress`."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fleet.errors import SpecError
+from fleet.errors import OutputError, SpecError
 from fleet.sweep.results import table
 from fleet.sweep.store import Cell, load
 
@@ -22,6 +22,8 @@ def query(directory: Path, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
     except ImportError:
         raise SpecError("fleet results query: needs the extra: pip install 'tierfleet[sql]'") from None
     cells = [cell for cell in load(directory) if cell.status == "done"]
+    if not cells:
+        raise OutputError(f"{directory}: has no cell that is done")
     with duckdb.connect(":memory:") as connection:
         connection.register("results", table(cells))
         for name, file in _FILES.items():

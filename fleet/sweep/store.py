@@ -88,7 +88,9 @@ def _cell(path: Path, entry: dict[str, Any]) -> Cell:
 
 
 def _status(path: Path) -> Status:
-    return "done" if (path / DONE).is_file() else "failed" if (path / FAILED).is_file() else "missing"
+    if (path / FAILED).is_file():
+        return "failed"
+    return "done" if (path / DONE).is_file() and (path / "summary.json").is_file() else "missing"
 
 
 def _summary(run: Path) -> dict[str, Any] | None:

@@ -134,6 +134,13 @@ def _check(path: Path, out: Path, options: ImportOptions) -> None:
         raise TraceError(f"--dropped-per-line {options.dropped_per_line} must be 0 or more")
     if not 0 <= options.max_garbage <= 100:
         raise TraceError(f"--max-garbage {options.max_garbage:g} must be between 0 and 100 (per cent)")
+    try:
+        _check_files(path, out)
+    except OSError as error:
+        raise TraceError(f"{error.filename or path}: cannot look at it: {error.strerror}") from error
+
+
+def _check_files(path: Path, out: Path) -> None:
     if out.is_dir() or not out.parent.is_dir():
         problem = "is a directory" if out.is_dir() else f"there is no directory {out.parent}"
         raise TraceError(f"{out}: {problem}; name a file to write with --out")

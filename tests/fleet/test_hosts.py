@@ -92,8 +92,7 @@ def test_an_override_replaces_one_cost_and_nothing_else(base: hosts.Profile) -> 
     assert hosts.override(changed, "invept", "0.5us", base) == costs
     assert hosts.override(costs, "slow.latency_random", "250 ns", base).slow.latency_random_ps == 250_000
     assert hosts.override(costs, "stlb_hit", "3cycles", base).stlb_hit_ps == 1000
-    # Without a unit the number is in the unit of the profile's figure.
-    assert hosts.override(costs, "shootdown_base", "3", base).shootdown_base_ps == 3_000_000
+    assert hosts.override(costs, "shootdown_base", "0", base).shootdown_base_ps == 0
 
 
 @given(key=st.sampled_from([key for key in hosts.figure_keys() if not key.endswith("curve")]))
@@ -120,8 +119,9 @@ def test_a_cost_written_exactly_is_read_back_without_a_profile(key: str) -> None
         ("nested_tlb_entries", "2", "nested_tlb_entries must be 4 times a power of two"),
         ("stlb_entries", "0", "between 1 and"),
         ("invept", "1" * 5000, "write e.g."),
-        ("invept", "9" * 25, "between 0 and"),
-        ("slow.granule_bytes", "100", "must be one of (64, 128, 256, 512)"),
+        ("invept", "9" * 25 + "ns", "between 0 and"),
+        ("invept", "9", "has no unit; write e.g. '500 ns'"),
+        ("slow.granule_bytes", "100B", "must be one of (64, 128, 256, 512)"),
     ],
 )
 def test_a_bad_override_is_refused_with_what_would_be_right(

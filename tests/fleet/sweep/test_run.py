@@ -111,7 +111,7 @@ def test_a_failed_cell_costs_no_other_and_is_only_run_again_on_demand(tmp_path: 
     assert "0 cells to run" in again.stderr
     rerun = fleet("sweep", file, "--out", out, "--rerun-failed")
     assert (rerun.returncode, (broken.path / "summary.json").stat().st_ino == stamp) == (1, False)
-    assert "1 cells to run, 1 are there already" in rerun.stderr
+    assert "1 cell to run, 1 are there already" in rerun.stderr
     assert results(out)["digest"] == digest
 
 
