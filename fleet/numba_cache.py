@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -63,5 +64,6 @@ def _cpu() -> str:
 def _forget_old(parent: Path) -> None:
     limit = time.time() - _KEEP_S
     for path in parent.iterdir():
-        if path.stat().st_mtime < limit:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # another process tidies up, too
+            if path.stat().st_mtime < limit:
+                shutil.rmtree(path, ignore_errors=True)

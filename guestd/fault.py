@@ -21,7 +21,7 @@ from guestd.machine import Machine, S
 from guestd.mm.nodes import F_HUGE, FAST, NO_PAGE, WMARK_LOW, WMARK_MIN, Nodes, allocate, lru_add, take_free_block
 from guestd.pml import set_dirty
 from guestd.transaction import unshadowed
-from guestd.vcpu import EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, LENGTH, MINOR_FAULT, POSITION, WP_FAULT, Vcpus
+from guestd.vcpu import CLOCK, EPT_REFAULT, EPT_VIOLATION, HINT_FAULT, LENGTH, MINOR_FAULT, POSITION, WP_FAULT, Vcpus
 from guestd.walk import PageTables
 from proto.arrays import Bytes, Words
 from proto.config import GuestConfig
@@ -218,13 +218,15 @@ def _charge_fault(m: Machine, vcpu: int, position: int, fault_ps: int, part: int
 def collect(m: Machine, vcpu: int, faults: Faults) -> None:
     """Look through up to ``faults.block`` accesses of ``vcpu`` from its position on and gather their faults.
 
-    Of swap-ins no more than a slice has time for: what they bring back is to be met before it is swapped out again.
+    Of swap-ins no more than half of what is left of the slice or quantum has time for: what they bring back is to be
+    met before it is swapped out again.
     """
     nodes, prefer, thp, batch = faults.nodes, faults.prefer, faults.thp, faults.batch
     vcpus, gpt, ept, upper = m.vcpus, m.gpt, m.ept, m.tables.upper
     start = vcpus.field[vcpu, POSITION]
     end = min(vcpus.field[vcpu, LENGTH], start + faults.block)
     batch.counts[:] = 0
+    most_brought = min(m.state[S.SLICE_PS], m.state[S.END_PS] - vcpus.field[vcpu, CLOCK]) // 2
     ahead = brought = hints = huge = 0
     last = end - 1
     for position in range(start, end):
@@ -235,7 +237,8 @@ def collect(m: Machine, vcpu: int, faults: Faults) -> None:
         table = page >> TABLE_SHIFT
         entry = gpt[page]
         ahead += vcpus.think_ps[vcpu, position]
-        if (ahead > LOOK_AHEAD_PS or brought > m.state[S.SLICE_PS]) and position > start:
+        too_much = brought > 0 and brought + vcpus.exit_ps[vcpu, position] > most_brought
+        if (ahead > LOOK_AHEAD_PS or too_much) and position > start:
             end = position
             break
         # The books of a huge page are in its leaves, but what becomes of it is its own entry's business.

@@ -33,6 +33,11 @@ class FrameWait:
         """The VM is stopped: no timer, no thread of its kernel runs."""
         return self._waits is not None
 
+    @property
+    def uncleared(self) -> int:
+        """Pages that never had a frame, and wait for one."""
+        return 0 if self._waits is None else self._waits.fresh.size
+
     def answered(self, vcpu: int, batch: Batch, waits: bool) -> None:
         """The host answered the faults of ``batch``, taken by ``vcpu``: clear what has a frame, or ``waits`` for one.
 

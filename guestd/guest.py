@@ -430,8 +430,8 @@ class Guest:
         for start in range(0, away.size, FAULTS_A_MESSAGE):
             batch = away[start : start + FAULTS_A_MESSAGE]
             self.operations.page_fault(self.now, batch, last=True)
+        self.pages_brought_back = away.size - self._wait.uncleared
         self._wait.go_on()
-        self.pages_brought_back = away.size
         checked, bad = verify(machine.gpt, machine.ept, machine.stamps, int(machine.state[S.OWNER]), kernel)
         total_time(machine.vcpus, machine.counters)
         self.pages_checked = int(checked)

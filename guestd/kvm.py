@@ -78,7 +78,11 @@ def wait_for_frames(m: Machine, until: int) -> None:
     for vcpu in range(m.vcpus.field.shape[0]):
         field = m.vcpus.field[vcpu]
         if field[IDLE] == 0 and field[CLOCK] < until:
+            # Waiting already, it goes on; and a request at the time that all have reached finds it outside.
+            flush = field[FLUSH_AT_ENTRY] if field[EXIT_END] >= field[CLOCK] else 0
             spend(m.vcpus, vcpu, PAUSED, vm_exit(m, vcpu, field[CLOCK], until - field[CLOCK]))
+            field[EXIT_START] = min(field[EXIT_START], m.state[S.NOW])
+            field[FLUSH_AT_ENTRY] = flush
 
 
 @kernel

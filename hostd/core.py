@@ -111,12 +111,16 @@ class HostCore:
         if len(message.gpfns) % 8:
             raise RefusedMessage("gpfns must be int64[n]")
         mine = self.vms[vm]
+        if mine.ended and not message.last:
+            raise RefusedMessage("an EPT fault after the last")
         cost = mine.ept_fault(message.time_ps, np.frombuffer(message.gpfns, np.int64), last=message.last)
         return Mapped(cost_ps=cost.tobytes(), waits=mine.waiting.size > 0)
 
     def _tick(self, vm: int, message: Tick) -> Out:
         if vm not in self._running or vm in self._ticked or message.time_ps != self._until_ps:
             raise RefusedMessage(f"a tick for {message.time_ps} ps; the barrier of this VM is at {self._until_ps} ps")
+        if self.vms[vm].ended and message.phase != "done":
+            raise RefusedMessage("a tick of a VM that goes on after its last EPT fault")
         if len(message.counters) != 8 * COUNTERS or len(message.bandwidth_demand) != 8 * 4:
             raise RefusedMessage(f"counters must be int64[{COUNTERS}] and bandwidth_demand int64[4]")
         if len(message.scan_list) % 16:
@@ -232,7 +236,7 @@ class HostCore:
             report["pebs"]["foreign_records_visible"] = self._foreign_records.get(vm, 0)
         if state.swap is not None:
             report["swap"] = state.swap.report()
-            report["swap"]["in_pages"] -= report["integrity"]["pages_brought_back"]
+            report["swap"]["in_pages"] -= state.swapped_in_last
         if state.config.host.backs_huge:
             report["host_thp"] = state.huge_pages()
         if isinstance(state.view, FlatMemory):

@@ -74,7 +74,12 @@ class Vm:
         self._tick_ps = PS_PER_S // config.kernel.hz
         self._next_tick_ps = config.start_ps + self._tick_ps
         self.waiting: Words = np.zeros(0, np.int64)
-        """gPA frames of a fault that found no frame free: mapped at a barrier, before anything else; the VM waits."""
+        """gPA frames of a fault that found no frame free: mapped at barriers, before anything else; the VM waits until
+        all of them are at one, as swap may take some meanwhile."""
+        self.ended = False
+        """The VM said that it executes no operation any more."""
+        self.swapped_in_last = 0
+        """Pages that it had brought back from swap since, only to look at them."""
         self.until_ps = 0
         """End of the quantum that the VM is in."""
         self._scan_list: Words = np.zeros((0, 2), np.int64)
@@ -189,16 +194,16 @@ class Vm:
         if self.flat:
             self.view.settle(time_ps)
         backed = (self.memory.ept[gpfns] & BACKED) != 0
-        if lacks := self._lacks(gpfns[~backed]):
-            used = int(np.count_nonzero(self.memory.ept & BACKED))
-            if not self.flat or gpfns.size - int(backed.sum()) > int(self.nodes.managed.sum()) - used:
-                raise RefusedMessage("no frame left in this VM's share; a guest may use what it was given")
+        lacks = self._lacks(gpfns[~backed])
+        if lacks and not (self.flat and gpfns.size - int(backed.sum()) <= self._frames_not_mapped()):
+            raise RefusedMessage("no frame left in this VM's share; a guest may use what it was given")
         if last:
-            self.waiting = gpfns[:0]
+            self.ended, self.waiting = True, gpfns[:0]
+            self.swapped_in_last += int(self.swap.away[gpfns].sum()) if self.swap is not None else 0
             if lacks:
                 self.view.call_off()
-        elif lacks:
-            self.waiting = np.union1d(self.waiting, gpfns[~backed])
+        elif lacks or self.waiting.size:
+            self.waiting = np.union1d(self.waiting, gpfns)
         if self.waiting.size:
             cost = self._price(gpfns)
             cost[backed], hinted = self._map(gpfns[backed])
@@ -222,12 +227,18 @@ class Vm:
         on_fast = int((fresh < self.config.total_pages).sum())
         return on_fast > fast or fresh.size - on_fast > slow
 
+    def _frames_not_mapped(self) -> int:
+        """Frames of the VM's share that are free, or will be when no move is under way."""
+        return int(self.nodes.managed.sum()) - int(np.count_nonzero(self.memory.ept & BACKED))
+
     def _serve_waiting(self) -> None:
         """Frames that moves have left go to those who wait; the price was paid at the fault."""
-        served = min(self.waiting.size, int(self.nodes.free_count.sum()))
-        if served:
-            self._map(self.waiting[:served])
-            self.waiting = self.waiting[served:]
+        missing = self.waiting[(self.memory.ept[self.waiting] & BACKED) == 0]
+        served = missing[: int(self.nodes.free_count.sum())]
+        if served.size:
+            self._map(served)
+        if served.size == missing.size:
+            self.waiting = self.waiting[:0]
 
     def prepare(self, now_ps: int, until_ps: int) -> bytes:
         """Run the host's threads for the coming quantum; the operations that the VM executes in it (`OPERATION`s)."""

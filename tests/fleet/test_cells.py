@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent.parent
 SMALL = {"memory": "16MiB", "transactions": 5000, "policy": "g-tpp"}
 
 
-@pytest.mark.timeout(300)  # the first run of a machine compiles
 def test_a_cell_runs_once_and_is_read_again(tmp_path: Path) -> None:
     cells = {"one": load(None, SMALL), "other": load(None, SMALL | {"seed": 2})}
     first = run_cells(cells, tmp_path, jobs=2)
@@ -48,7 +47,6 @@ def test_what_cannot_run_is_refused_before_anything_does(tmp_path: Path) -> None
         run_cells({"small": load(None, SMALL)}, tmp_path / "file")
 
 
-@pytest.mark.timeout(300)
 def test_an_interrupt_ends_it_cleanly_and_what_was_done_is_kept(tmp_path: Path) -> None:
     (tmp_path / "spec.toml").write_text('memory = "16MiB"\ntransactions = 5000\n')
     words = [

