@@ -38,7 +38,7 @@ from proto.entry import (
     owner_stamp,
 )
 from tests.guestd.machines import bare_machine, guest_config, run_guest, start_fleet, touch_pages
-from tests.small_fleet import with_thp
+from tests.small_fleet import with_thp, without_measured
 
 
 def test_every_first_touch_is_charged_once_where_it_happens(costs: Costs) -> None:
@@ -66,7 +66,7 @@ def test_the_batch_size_changes_no_first_touch(block: int, costs: Costs) -> None
     guest, report = run_guest(msgspec.structs.replace(config, engine=engine))
     reference, expected = run_guest(config)
     assert (guest.machine.gpt & FRAME_MASK).tolist() == (reference.machine.gpt & FRAME_MASK).tolist()
-    assert report["populate"] == expected["populate"]
+    assert without_measured(report)["populate"] == without_measured(expected)["populate"]
     # The barrier at which populating ends may find a block more or less of page tables in the LLC.
     assert report["access"]["total"] == pytest.approx(expected["access"]["total"], rel=0.02)
 
