@@ -299,7 +299,8 @@ class Vm:
     def _manage(self, now_ps: int, until_ps: int) -> None:
         """Host-side tiering for the coming quantum."""
         self.view.settle(now_ps)
-        self._serve_waiting()
+        if self.waiting.size:
+            self._serve_waiting()
         while True:
             timer = self._timers[0][0] if self._timers else until_ps
             due = min(timer, self._next_tick_ps)

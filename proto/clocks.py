@@ -30,7 +30,8 @@ def outlive_other_threads(longest_s: float = 1.0) -> bool:
     """Wait until the kernel has let go of every thread of this process but the calling one; whether it has in time.
 
     A joined thread is not yet gone: it still holds a share of the address space, and whichever thread gives up the last
-    share pays for taking it all down (kernel/exit.c, do_exit: exit_mm).
+    share pays for taking it all down (kernel/exit.c, do_exit: exit_mm). Nobody is woken then, as what a join waits for
+    comes earlier (mm_release), so it is looked for; as a rule they are gone at the first look.
     """
     deadline_s = time.monotonic() + longest_s
     while len(thread_ids()) > 1:
